@@ -1,0 +1,182 @@
+"""Base models: where they are, what their headers say, and how they are fetched. Reads headers only; loads no torch."""
+
+import json
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_studio import families
+from lora_studio.errors import BaseModelError, StudioError
+from lora_studio.home import demo_base
+from lora_studio.spec import Base
+
+WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
+HEADER_LIMIT = 100 << 20
+
+
+@dataclass(frozen=True)
+class BaseInfo:
+    """What is known of a base before it is loaded. `folder` is None while a Hub model has not been fetched."""
+
+    id: str
+    folder: Path | None
+    model_type: str = ""
+    parameters: int | None = None
+    layers: int | None = None
+    hidden: int | None = None
+    intermediate: int | None = None
+    vocabulary: int | None = None
+    linears: tuple[tuple[str, int, int], ...] = ()
+    commit: str = ""
+
+    def targets(self, wanted) -> list[str]:
+        """The ends of the names of the layers that `method.targets` means here, from the headers. Empty when unknown."""
+        names = sorted({name.rsplit(".", 1)[-1] for name, *_ in self.linears})
+        if wanted != "auto":
+            return [name for name in wanted if any(full == name or full.endswith("." + name) for full, *_ in self.linears)]
+        family = families.of_model_type(self.model_type)
+        known = [name for name in family.targets if name in names] if family else []
+        return known or names
+
+    def trainable(self, targets: list[str], rank: int) -> int:
+        """Parameters of a LoRA of that rank on those layers."""
+        fits = (shape for name, *shape in self.linears if any(name == end or name.endswith("." + end) for end in targets))
+        return sum(rank * (rows + columns) for rows, columns in fits)
+
+
+def locate(base: Base) -> Path | None:
+    """The folder of a base on this machine; None when it is a Hub id that has to be fetched. Raises BaseModelError."""
+    bundled = demo_base(base.id)
+    if bundled:
+        return bundled
+    here = Path(base.id).expanduser()
+    if here.is_dir():
+        return here.absolute()
+    if not _is_hub_id(base.id):
+        raise BaseModelError("base.missing", id=base.id, hint="Known: " + ", ".join(families.known_bases()[:4]) + ", ...")
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(base.id, "config.json", revision=base.revision)
+    folder = Path(cached).parent if isinstance(cached, str) else None
+    return folder if folder and any(folder.glob("*.safetensors")) else None
+
+
+def _is_hub_id(text: str) -> bool:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(text)
+    except HFValidationError:
+        return False
+    return text.count("/") == 1
+
+
+def inspect(base: Base) -> BaseInfo:
+    """What the files of a base say; only its id when it has not been fetched. Raises BaseModelError."""
+    folder = locate(base)
+    if folder is None:
+        size = families.billions(base.id)
+        return BaseInfo(base.id, None, parameters=int(size * 1e9) if size else None)
+    config = _config(base.id, folder)
+    if config.get("auto_map") and not config.get("model_type"):
+        raise BaseModelError("base.remote_code", id=base.id)
+    text = config.get("text_config") or config
+    shapes = _shapes(base.id, folder)
+    linears = tuple(
+        (name.removesuffix(".weight"), shape[0], shape[1])
+        for name, shape in shapes.items()
+        if name.endswith(".weight") and len(shape) == 2 and ".layers." in name and "norm" not in name
+    )
+    return BaseInfo(
+        base.id,
+        folder,
+        model_type=str(config.get("model_type", "")),
+        parameters=sum(_count(shape) for shape in shapes.values()),
+        layers=text.get("num_hidden_layers"),
+        hidden=text.get("hidden_size"),
+        intermediate=text.get("intermediate_size"),
+        vocabulary=text.get("vocab_size"),
+        linears=linears,
+        commit=folder.name if folder.parent.name == "snapshots" else "",
+    )
+
+
+def _config(id: str, folder: Path) -> dict:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise BaseModelError("base.no_config", id=id) from None
+    if not isinstance(config, dict):
+        raise BaseModelError("base.no_config", id=id)
+    return config
+
+
+def _shapes(id: str, folder: Path) -> dict[str, list[int]]:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise BaseModelError("base.no_weights", id=id)
+    return {name: shape for file in files for name, shape in header_shapes(id, file).items()}
+
+
+def header_shapes(id: str, file: Path) -> dict[str, list[int]]:
+    """The shape of every tensor of a safetensors file, from its header. Raises BaseModelError."""
+    try:
+        with open(file, "rb") as handle:
+            (length,) = struct.unpack("<Q", handle.read(8))
+            if length > HEADER_LIMIT:
+                raise ValueError("its header is not one of safetensors")
+            header = json.loads(handle.read(length))
+        return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+    except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError) as error:
+        raise BaseModelError("base.broken", id=id, reason=f"{file.name}: {error}") from None
+
+
+def _count(shape: list[int]) -> int:
+    total = 1
+    for length in shape:
+        total *= length
+    return total
+
+
+def fetch(base: Base, *, token: str | None = None) -> Path:
+    """The folder of a base, fetched from the Hub when it is not here. Raises BaseModelError with the way out."""
+    folder = locate(base)
+    if folder is not None:
+        return folder
+    import httpx2
+    import huggingface_hub
+    from huggingface_hub import errors as hub
+
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(base.id, revision=base.revision, allow_patterns=WANTED, token=token)
+        )
+    except hub.GatedRepoError:
+        raise BaseModelError("base.gated", id=base.id) from None
+    except hub.RepositoryNotFoundError as error:
+        raise BaseModelError(_refusal(error), id=base.id) from None
+    except hub.RevisionNotFoundError:
+        raise BaseModelError("base.missing", id=f"{base.id}@{base.revision}", hint="Check the revision.") from None
+    except hub.LocalEntryNotFoundError as error:
+        raise _unreachable(base, error.__cause__ or error) from None
+    except hub.HfHubHTTPError as error:
+        if error.response is not None and error.response.status_code in (401, 403):
+            raise BaseModelError("base.bad_token", id=base.id) from None
+        raise _unreachable(base, error) from None
+    except (httpx2.HTTPError, OSError, RuntimeError, ValueError) as error:
+        raise _unreachable(base, error) from None
+
+
+def _refusal(error) -> str:
+    """A 401 with a token at hand means that the token is wrong; without one, that the model is not there (or private)."""
+    from huggingface_hub import get_token
+
+    status = error.response.status_code if getattr(error, "response", None) is not None else None
+    return "base.bad_token" if status == 401 and get_token() else "base.not_found"
+
+
+def _unreachable(base: Base, error: BaseException) -> StudioError:
+    reason = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") == "1" else (str(error).splitlines() or [type(error).__name__])[0][:160]
+    return BaseModelError("base.offline", id=base.id, reason=reason)

@@ -1,0 +1,1 @@
+"""Training: the loop, the tasks and methods it runs, and the fast paths under it."""

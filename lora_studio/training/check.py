@@ -1,0 +1,34 @@
+"""What can be said of a run's rows before it starts: as tokens, against the limits, under the chat template. Loads no weights."""
+
+from lora_studio import rows
+from lora_studio.bases import fetch, inspect
+from lora_studio.errors import Problem, StudioError
+from lora_studio.spec import TrainSpec
+from lora_studio.training import encode, order
+
+
+def check(spec: TrainSpec) -> dict:
+    """What the rows of a spec look like as tokens, and what stands in the way: {facts, problems}. Loads no weights."""
+    problems: list[Problem] = []
+    facts: dict[str, object] = {}
+    try:
+        folder = fetch(spec.base)
+        encoder = encode.Encoder(encode.load_tokenizer(folder, spec.base.id), spec)
+        encoded = encode.encode_all(spec, encoder, rows.collect(spec))
+        plan = order.Plan(
+            tuple(map(len, encoded.train)), tuple(source.weight for source in spec.data),
+            spec.schedule.batch_size, spec.schedule.accumulate, spec.compute.seed,
+        )  # fmt: skip
+        facts = {**encoded.facts, "steps": spec.schedule.steps or plan.steps(spec.schedule.epochs)}
+        facts["targets"] = inspect(spec.base).targets(spec.method.targets)
+        if encoder.template is not None:
+            facts["template"] = encoder.template.origin
+        problems += [Problem("data", sentence, "warning") for sentence in encode.losses_in_words(encoded)]
+    except StudioError as error:
+        problems.append(Problem(_field_of(error.key), str(error)))
+    return {"facts": facts, "problems": [vars(problem) for problem in problems]}
+
+
+def _field_of(key: str) -> str:
+    return {"base": "base.id", "data": "data"}.get(key.partition(".")[0], "")
+

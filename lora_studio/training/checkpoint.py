@@ -1,0 +1,139 @@
+"""Checkpoints: whole or absent, safetensors and JSON only, and enough to go on bit for bit.
+
+    checkpoints/step-000040/  adapter.safetensors    the trainable parameters, by name
+                              optimizer.safetensors  the optimizer's tensors, by `parameter number/name`
+                              state.json             step, best, settings and fingerprints
+                              manifest.json          sizes and hashes of the others, written last
+"""
+
+import json
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load, save
+
+from lora_studio import durable
+from lora_studio.errors import TrainingError
+
+NAME = re.compile(r"step-(\d{6,})")
+# What may differ between a checkpoint and the run that goes on from it.
+FREE = ("name", "output", "version")
+
+
+@dataclass
+class State:
+    """Where a run stands. `settings` and `prints` (of base and rows) are compared before it goes on."""
+
+    step: int = 0
+    best_step: int = 0
+    best_loss: float | None = None
+    waited: int = 0
+    validation: float | None = None
+    tokens: int = 0
+    seconds: float = 0.0
+    settings: dict = field(default_factory=dict)
+    prints: dict = field(default_factory=dict)
+
+
+def write(folder: Path, parameters: dict[str, torch.Tensor], optimizer, state: State) -> Path:
+    """Write the checkpoint of `state.step` into the folder of checkpoints. It is whole and on disk when this returns."""
+    tensors, plain = _flatten(optimizer.state_dict()["state"])
+    target = folder / f"step-{state.step:06d}"
+    durable.publish_folder(
+        target,
+        {
+            "adapter.safetensors": _bytes(parameters),
+            "optimizer.safetensors": _bytes(tensors),
+            "state.json": json.dumps({"run": asdict(state), "optimizer": plain}, sort_keys=True).encode(),
+        },
+    )
+    return target
+
+
+def _bytes(tensors: dict[str, torch.Tensor]) -> bytes:
+    return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+
+
+def _flatten(state: dict) -> tuple[dict[str, torch.Tensor], dict]:
+    """An optimizer's state as tensors by `number/name` and plain values by number."""
+    tensors, plain = {}, {}
+    for number, entries in state.items():
+        for name, value in entries.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"{number}/{name}"] = value
+            else:
+                plain.setdefault(str(number), {})[name] = value
+    return tensors, plain
+
+
+def steps(folder: Path) -> list[int]:
+    """The steps of the checkpoints in a folder, ascending, whole or not."""
+    found = (NAME.fullmatch(path.name) for path in folder.iterdir()) if folder.is_dir() else ()
+    return sorted(int(match[1]) for match in found if match)
+
+
+def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is whole, and a sentence for each newer one that is not."""
+    broken = []
+    for step in reversed(steps(folder)):
+        path = folder / f"step-{step:06d}"
+        fault = durable.damage(path)
+        if fault is None:
+            return path, broken
+        broken.append(f"{path.name} was passed over: {fault}.")
+    return None, broken
+
+
+def read_state(path: Path) -> State:
+    """Where a checkpoint stands."""
+    return State(**json.loads((path / "state.json").read_text(encoding="utf-8"))["run"])
+
+
+def read_parameters(path: Path) -> dict[str, torch.Tensor]:
+    """The trainable parameters of a checkpoint by name."""
+    return load((path / "adapter.safetensors").read_bytes())
+
+
+def restore(path: Path, parameters: dict[str, torch.Tensor], optimizer) -> State:
+    """Put a checkpoint's tensors into `parameters` and the optimizer; rates stay those of the spec. Returns its State."""
+    saved = read_parameters(path)
+    if {name: value.shape for name, value in saved.items()} != {name: value.shape for name, value in parameters.items()}:
+        raise TrainingError("training.resume_changed", changes="its adapter has other layers or another rank than the spec")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(saved[name])
+    content = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    state = {int(number): dict(values) for number, values in content["optimizer"].items()}
+    for name, tensor in load((path / "optimizer.safetensors").read_bytes()).items():
+        number, _, entry = name.partition("/")
+        state.setdefault(int(number), {})[entry] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return State(**content["run"])
+
+
+def check_same(saved: State, settings: dict, prints: dict) -> None:
+    """Raise TrainingError naming every setting, base or rows that differ from the checkpoint's."""
+    before, now = _leaves(saved.settings), _leaves(settings)
+    changes = [
+        f"{path} was {before.get(path)!r} and is {now.get(path)!r}"
+        for path in sorted(before.keys() | now.keys())
+        if path.split(".")[0] not in FREE and before.get(path) != now.get(path)
+    ]
+    changes += [f"the {what} changed since" for what in sorted(prints) if saved.prints.get(what) != prints[what]]
+    if changes:
+        raise TrainingError("training.resume_changed", changes="; ".join(changes))
+
+
+def _leaves(tree, path: str = "") -> dict[str, object]:
+    if isinstance(tree, dict) and tree:
+        return {name: value for key, inner in tree.items() for name, value in _leaves(inner, f"{path}.{key}" if path else key).items()}
+    return {path: tree}
+
+
+def prune(folder: Path, *, keep: int, best: int | None) -> None:
+    """Delete all but the newest `keep` checkpoints and the best one."""
+    for step in steps(folder)[:-keep]:
+        if step != best:
+            durable.remove_folder(folder / f"step-{step:06d}")

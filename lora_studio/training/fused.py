@@ -1,0 +1,400 @@
+"""The fast paths of training, each proven equal to the plain one by `tests/training/test_fused.py`.
+
+    fused.linear_cross_entropy    the loss of a frozen head, without keeping its logits
+    fused.install                 LoRA linears, RMSNorm and SwiGLU with hand-written backward passes
+    fused.self_check              how far the fast loss is from the model's own, on this very model
+
+`install` touches only what it recognises by exact type, checks the state again at every call, and leaves the plain
+forward in charge of the rest (dropout, DoRA, merged or disabled adapters, quantized bases, autocast).
+"""
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from peft.tuners import lora
+from torch import Tensor, nn
+from torch.autograd import Function
+from transformers.activations import ACT2FN
+
+from lora_studio.training import packed
+from lora_studio.training.packed import Unsupported
+
+_TRANSFORMERS = "transformers.models.{0}.modeling_{0}."
+# Modules whose forward is known word for word: y = weight * (x / rms(x)).to(x.dtype), and down(silu(gate(x)) * up(x)),
+# and projections that all take the attention's input. Full names, so that a namesake elsewhere is not taken for them.
+NORMS = {
+    _TRANSFORMERS.format(family) + name
+    for family, name in (
+        ("llama", "LlamaRMSNorm"), ("mistral", "MistralRMSNorm"), ("qwen2", "Qwen2RMSNorm"), ("qwen3", "Qwen3RMSNorm"),
+        ("smollm3", "SmolLM3RMSNorm"), ("phi3", "Phi3RMSNorm"), ("granite", "GraniteRMSNorm"),
+    )
+}  # fmt: skip
+GATED = {
+    _TRANSFORMERS.format(family) + name
+    for family, name in (
+        ("llama", "LlamaMLP"), ("mistral", "MistralMLP"), ("qwen2", "Qwen2MLP"), ("qwen3", "Qwen3MLP"),
+        ("smollm3", "SmolLM3MLP"), ("granite", "GraniteMLP"),
+    )
+}  # fmt: skip
+ATTENTIONS = {
+    _TRANSFORMERS.format(family) + name
+    for family, name in (
+        ("llama", "LlamaAttention"), ("mistral", "MistralAttention"), ("qwen2", "Qwen2Attention"),
+        ("qwen3", "Qwen3Attention"), ("smollm3", "SmolLM3Attention"), ("granite", "GraniteAttention"),
+        ("gemma", "GemmaAttention"), ("gemma2", "Gemma2Attention"), ("gemma3", "Gemma3Attention"),
+    )
+}  # fmt: skip
+
+
+# The loss
+
+
+class _LinearCrossEntropy(Function):
+    """Loss and its gradient in one pass: the head is frozen, so nothing is left for the backward but a scale."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, rows):
+        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        loss = hidden.new_zeros((), dtype=wide)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        # The same buffers for every chunk: fresh ones of this size cost more in page faults than the softmax itself.
+        scores = hidden.new_empty((min(rows, len(hidden)), len(weight)))
+        exact = scores if scores.dtype == wide else torch.empty_like(scores, dtype=wide)
+        chances = torch.empty_like(exact)
+        for start in range(0, len(hidden), rows):
+            part, target = hidden[start : start + rows], labels[start : start + rows, None]
+            z, x, p = (buffer[: len(part)] for buffer in (scores, exact, chances))
+            torch.mm(part, weight.t(), out=z)
+            if x is not z:
+                x.copy_(z)
+            torch.softmax(x, -1, out=p)
+            # log of the normalizer = top - log p(top): the largest probability never underflows, the label's may.
+            loss += (x.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log() - x.gather(-1, target)).sum()
+            if gradient is not None:
+                p.scatter_add_(-1, target, p.new_full(target.shape, -1.0))
+                torch.mm(p if z.dtype == wide else z.copy_(p), weight, out=gradient[start : start + rows])
+        ctx.save_for_backward(gradient)
+        return loss
+
+    @staticmethod
+    def backward(ctx, scale):
+        (gradient,) = ctx.saved_tensors
+        return gradient * scale.to(gradient.dtype), None, None, None
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, bias: Tensor | None = None, chunk: int | None = None
+) -> Tensor:
+    """Sum over rows of -log softmax(hidden @ weight.T)[label], a float32 scalar (float64 for float64 input).
+
+    hidden (N, d), weight (V, d) frozen, labels (N,) in 0..V-1; `chunk` rows are scored at a time, and no (N, V)
+    tensor exists at any moment. Unsupported for a bias or a trainable weight. The idea is that of cut cross-entropy
+    (Wijmans et al., arXiv 2411.09009) without its kernels.
+    """
+    if bias is not None:
+        raise Unsupported("the head has a bias")
+    if weight.requires_grad:
+        raise Unsupported("the head is trained")
+    if torch.is_autocast_enabled(hidden.device.type) or hidden.dtype != weight.dtype:
+        raise Unsupported(f"hidden states are {hidden.dtype} and the head is {weight.dtype}")
+    if chunk is None:
+        # On the CPU 16 MiB of float32 stay near the caches; a GPU wants larger products.
+        elements = 2**22 if hidden.device.type == "cpu" else 2**27
+        chunk = max(16, elements // len(weight) // 16 * 16)
+    return _LinearCrossEntropy.apply(hidden, weight, labels, chunk)
+
+
+def head_weight(model: nn.Module) -> Tensor:
+    """The (V, d) weight of a head that is nothing but a frozen matrix. Unsupported for any other head."""
+    inner = packed.causal(model)
+    head = inner.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        raise Unsupported(f"the head is a {type(head).__name__}")
+    if head.bias is not None:
+        raise Unsupported("the head has a bias")
+    if head.weight.requires_grad:
+        raise Unsupported("the head is trained")
+    config = inner.config.get_text_config()
+    for name, neutral in (("final_logit_softcapping", None), ("logits_scaling", 1), ("logit_scale", 1)):
+        if getattr(config, name, neutral) not in (None, neutral):
+            raise Unsupported(f"the head has {name}")
+    return head.weight
+
+
+# LoRA linears
+
+
+class _Lora(Function):
+    """Several LoRA linears on one input x (T, in): y_i = x W_i' + bias_i + s_i (x A_i') B_i'.
+
+    One product gives every x A_i', and the gradients for x add up inside the products. `plan` holds (weight, bias,
+    scale) per linear; `factors` are A_0, B_0, A_1, B_1, ... in their master dtype.
+    """
+
+    @staticmethod
+    def forward(ctx, x, plan, *factors):
+        downs = [a.to(x.dtype) for a in factors[0::2]]
+        ups = [b.to(x.dtype) for b in factors[1::2]]
+        ranks = [len(a) for a in downs]
+        down = downs[0] if len(downs) == 1 else torch.cat(downs)
+        low = x @ down.t()
+        outputs = []
+        for (weight, bias, scale), up, part in zip(plan, ups, low.split(ranks, 1), strict=True):
+            outputs.append(F.linear(x, weight, bias).addmm_(part, up.t(), alpha=scale))
+        ctx.save_for_backward(x, low, down, *ups)
+        ctx.plan, ctx.ranks, ctx.masters = plan, ranks, [factor.dtype for factor in factors]
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        x, low, down, *ups = ctx.saved_tensors
+        scaled, dups = low.new_empty(low.shape), []
+        for (_, _, scale), up, gradient, part, into in zip(
+            ctx.plan, ups, gradients, low.split(ctx.ranks, 1), scaled.split(ctx.ranks, 1), strict=True
+        ):
+            torch.mm(gradient, up, out=into).mul_(scale)
+            dups.append(gradient.t() @ part)
+        ddowns = (scaled.t() @ x).split(ctx.ranks)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = scaled @ down
+            for (weight, _, _), gradient in zip(ctx.plan, gradients, strict=True):
+                dx.addmm_(gradient, weight)
+        factors = []
+        for (_, _, scale), ddown, dup, master in zip(ctx.plan, ddowns, dups, ctx.masters[1::2], strict=True):
+            factors += [ddown.to(ctx.masters[0]), dup.to(master).mul_(scale)]
+        return dx, None, *factors
+
+
+def _linear_plan(module: lora.Linear):
+    """(weight, bias, scale), A and B of a plain LoRA linear as it stands now; None if it is anything else."""
+    if module._disable_adapters or module.merged_adapters or len(module.active_adapters) != 1:
+        return None
+    adapter = module.active_adapters[0]
+    if adapter not in module.lora_A or module.lora_variant or module.fan_in_fan_out:
+        return None
+    base, down, up = module.base_layer, module.lora_A[adapter], module.lora_B[adapter]
+    dropout = module.lora_dropout[adapter]
+    if not (type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and dropout.p == 0)):
+        return None
+    for layer in (base, down, up):
+        if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
+            return None
+    if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
+        return None
+    if down.bias is not None or up.bias is not None:
+        return None
+    return (base.weight, base.bias, float(module.scaling[adapter])), down.weight, up.weight
+
+
+def _apply_lora(x: Tensor, plans: list) -> list[Tensor]:
+    """Run LoRA linears that share x (..., in); outputs (..., out_i)."""
+    rows = x.reshape(-1, x.shape[-1])
+    factors = [factor for _, down, up in plans for factor in (down, up)]
+    outputs = _Lora.apply(rows, tuple(plan for plan, _, _ in plans), *factors)
+    return [output.view(*x.shape[:-1], -1) for output in outputs]
+
+
+def _takes(x: Tensor, plan) -> bool:
+    return plan is not None and x.dtype == plan[0][0].dtype and not torch.is_autocast_enabled(x.device.type)
+
+
+class _Siblings:
+    """LoRA linears that their parent calls one after another with the same input: the first call runs them all."""
+
+    def __init__(self, members: list[lora.Linear]):
+        self.members, self.x, self.waiting = members, None, {}
+
+    def __call__(self, module: lora.Linear, x: Tensor, *args, **kwargs) -> Tensor:
+        if self.x is x and module in self.waiting:
+            output = self.waiting.pop(module)
+            if not self.waiting:
+                self.x = None
+            return output
+        self.x, self.waiting = None, {}
+        plans = [_linear_plan(member) for member in self.members] if not args and not kwargs else [None]
+        own = plans[self.members.index(module)] if len(plans) > 1 else plans[0]
+        if module is self.members[0] and len(plans) > 1 and all(_takes(x, plan) for plan in plans):
+            first, *rest = _apply_lora(x, plans)
+            self.x, self.waiting = x, dict(zip(self.members[1:], rest, strict=True))
+            return first
+        if not args and not kwargs and _takes(x, own):
+            return _apply_lora(x, [own])[0]
+        return type(module).forward(module, x, *args, **kwargs)
+
+
+# Norms and gated layers
+
+
+class _Norm(Function):
+    """weight * (x / rms(x)) with a frozen weight; x (..., d). Keeps x and 1/rms instead of three wide copies."""
+
+    @staticmethod
+    def forward(ctx, x, weight, epsilon):
+        wide = x.float()
+        inverse = wide.square().mean(-1, keepdim=True).add_(epsilon).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse)
+        return (wide * inverse).to(x.dtype) * weight
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight, inverse = ctx.saved_tensors
+        normed = x.float() * inverse
+        wide = (gradient * weight).float()
+        shared = torch.linalg.vecdot(wide, normed).unsqueeze(-1).div_(-x.shape[-1])
+        return wide.addcmul_(normed, shared).mul_(inverse).to(x.dtype), None, None
+
+
+def _norm(module: nn.Module, x: Tensor) -> Tensor:
+    weight = module.weight
+    if weight.requires_grad or weight.dtype != x.dtype or x.dtype == torch.float64:
+        return type(module).forward(module, x)
+    return _Norm.apply(x, weight, module.variance_epsilon)
+
+
+class _SwiGLU(Function):
+    """silu(gate) * up, both (..., d): keeps its two inputs only."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gate, up = ctx.saved_tensors
+        dup = F.silu(gate).mul_(gradient)
+        return torch.ops.aten.silu_backward(gradient * up, gate), dup
+
+
+def _gated(module: nn.Module, x: Tensor) -> Tensor:
+    return module.down_proj(_SwiGLU.apply(module.gate_proj(x), module.up_proj(x)))
+
+
+# Putting them in, taking them out
+
+
+class _Forward:
+    """What stands in `module.__dict__["forward"]` while a fast path is installed."""
+
+    def __init__(self, module: nn.Module, function):
+        self.module, self.function = module, function
+
+    def __call__(self, *args, **kwargs):
+        return self.function(self.module, *args, **kwargs)
+
+
+def _put(module: nn.Module, function) -> bool:
+    """Install `function` as this module's forward unless something else already stands there."""
+    if "forward" in module.__dict__:
+        return False
+    module.forward = _Forward(module, function)
+    return True
+
+
+def _name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def _is_plain(module: nn.Module) -> bool:
+    return type(module) is lora.Linear and _linear_plan(module) is not None
+
+
+def install(model: nn.Module) -> dict[str, int]:
+    """Put the fast paths into every module they fit; returns how many of each kind, for the log.
+
+    Parameters, state_dict keys and the modules themselves stay as they are. `remove` takes it all out again.
+    """
+    counts: Counter[str] = Counter()
+    for module in model.modules():
+        for known, names in ((ATTENTIONS, ("q_proj", "k_proj", "v_proj")), (GATED, ("gate_proj", "up_proj"))):
+            joined = _join(module, names) if _name(module) in known else 0
+            counts["linear"] += joined
+            counts["shared input"] += joined > 0
+        if _name(module) in GATED and type(module.act_fn) in (nn.SiLU, type(ACT2FN["silu"])):
+            counts["gated"] += _put(module, _gated)
+        if _name(module) in NORMS and not module.weight.requires_grad:
+            counts["norm"] += _put(module, _norm)
+    for module in model.modules():
+        if _is_plain(module):
+            counts["linear"] += _put(module, _Siblings([module]))
+    return {kind: count for kind, count in counts.items() if count}
+
+
+def _join(parent: nn.Module, names: tuple[str, ...]) -> int:
+    """Let those of the named children that are plain LoRA linears run together; how many, if at least two do."""
+    members = [getattr(parent, name) for name in names]
+    members = [member for member in members if _is_plain(member) and "forward" not in member.__dict__]
+    if len(members) < 2:
+        return 0
+    together = _Siblings(members)
+    for member in members:
+        _put(member, together)
+    return len(members)
+
+
+def remove(model: nn.Module) -> None:
+    """Take out what `install` put in; every forward is the plain one again."""
+    for module in model.modules():
+        if isinstance(module.__dict__.get("forward"), _Forward):
+            del module.forward
+
+
+@contextlib.contextmanager
+def removed(model: nn.Module) -> Iterator[None]:
+    """The plain model for a moment."""
+    before = {module: module.forward for module in model.modules() if isinstance(module.__dict__.get("forward"), _Forward)}
+    remove(model)
+    try:
+        yield
+    finally:
+        for module, forward in before.items():
+            module.forward = forward
+
+
+# The probe
+
+
+@contextlib.contextmanager
+def _stirred(model: nn.Module) -> Iterator[None]:
+    """Eval mode and small noise on everything trainable: a fresh B is zero and would hide a wrong adapter path."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    before, training = [parameter.detach().clone() for parameter in trained], model.training
+    generator = torch.Generator().manual_seed(0)
+    try:
+        model.eval()
+        with torch.no_grad():
+            for parameter in trained:
+                noise = torch.randn(parameter.shape, generator=generator) * 0.02
+                parameter.add_(noise.to(parameter.device, parameter.dtype))
+            yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(trained, before, strict=True):
+                parameter.copy_(value)
+        model.train(training)
+
+
+def self_check(model: nn.Module, documents: list) -> float:
+    """Relative difference of the fast loss (packed, as installed) from the model's own loss, document by document.
+
+    Give it two tiny documents of two tokens or more; nothing of the model is changed. Unsupported if the fast path
+    refuses this model. Expect under 1e-5 in float32 and under 2e-2 in bfloat16.
+    """
+    device = next(model.parameters()).device
+    batch = packed.concatenate(documents, device=device)
+    weight = head_weight(model)
+    packed.refuse(model)
+    keep = batch.position_ids[0] > 0
+    with _stirred(model):
+        states = packed.hidden(model, batch)[keep.roll(-1)]
+        fast = linear_cross_entropy(states, weight, batch.input_ids[0][keep]).item()
+        with removed(model):
+            plain = 0.0
+            for row in batch.input_ids[0].split(batch.lengths):
+                loss = model(input_ids=row[None], labels=row[None], use_cache=False).loss
+                plain += loss.item() * (len(row) - 1)
+    return abs(fast - plain) / max(abs(plain), 1e-12)

@@ -1,0 +1,114 @@
+"""A training run from its spec to its adapter: put task, method and loop together, go on from a checkpoint, write the result."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from lora_studio import durable, runs
+from lora_studio.errors import TrainingError
+from lora_studio.spec import to_tree
+from lora_studio.training import checkpoint, loop, text
+from lora_studio.training.methods import METHODS
+
+TASKS = {"chat": text.TextTask, "prompt_completion": text.TextTask, "text": text.TextTask}
+
+
+def train(folder: Path, desk: loop.Desk) -> None:
+    """Train the run in `folder` to its end, from its newest whole checkpoint if it has one. Raises StudioError."""
+    spec = runs.spec_of(folder)
+    torch.set_num_threads(spec.compute.threads or os.cpu_count() or 1)
+    world = _world()
+    first = world is None or world.is_main_process
+    device = str(world.device) if world else _device(folder)
+
+    def note(sentence: str) -> None:
+        if first:
+            desk.emit("note", text=sentence)
+
+    task = TASKS[spec.task.kind](spec, device=device, note=note)
+    model = task.load()
+    method = METHODS[spec.method.kind]
+    targets = task.parts(model)
+    model = method.attach(model, spec, targets)
+    fast = task.prepare(model)
+    trainer = loop.Trainer(task, method, model, spec, desk, folder / "checkpoints", world=world)
+    trainer.at = replace(trainer.at, settings=to_tree(spec), prints=dict(task.prints))
+    if first:
+        desk.emit("started", **_start_facts(trainer, task, targets, fast, device))
+    _go_on(trainer, folder, note if first else lambda sentence: None)
+    outcome = trainer.run()
+    if world is not None:
+        world.wait_for_everyone()
+    if first:
+        _conclude(folder, desk, trainer, outcome)
+
+
+def _world():
+    """An accelerate.Accelerator when there are several processes, else None."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return None
+    from accelerate import Accelerator
+
+    return Accelerator(cpu=not torch.cuda.is_available())
+
+
+def _device(folder: Path) -> str:
+    """The device the queue gave this run; it made a single GPU visible, so that one is `cuda:0` here."""
+    given = durable.read_json(folder / "card.json", {}).get("device", "cpu")
+    return "cuda:0" if given.startswith("cuda") else given
+
+
+def _start_facts(trainer: loop.Trainer, task, targets: list[str], fast: str, device: str) -> dict:
+    return {
+        "steps": trainer.steps,
+        "rows": sum(task.counts),
+        "validation_rows": task.held_out,
+        "trainable": sum(parameter.numel() for parameter in trainer.parameters.values()),
+        "device": device,
+        "precision": str(task.dtype).removeprefix("torch."),
+        "targets": targets,
+        "fast": fast,
+    }
+
+
+def _go_on(trainer: loop.Trainer, folder: Path, note) -> None:
+    """Restore the newest whole checkpoint. Without one the run starts from its beginning, which gives the same result."""
+    path, broken = checkpoint.newest_whole(folder / "checkpoints")
+    for sentence in broken:
+        note(sentence)
+    began_before = any(event["kind"] in runs.PROGRESS for event in runs.read_all(folder))
+    if path is None:
+        if began_before and trainer.first:
+            trainer.desk.emit("resumed", step=0, words="There was no whole checkpoint, so the run starts again from its beginning.")
+        return
+    checkpoint.check_same(checkpoint.read_state(path), trainer.at.settings, trainer.at.prints)
+    trainer.at = checkpoint.restore(path, trainer.parameters, trainer.optimizer)
+    best = f"; best validation loss {trainer.at.best_loss:.4f} at step {trainer.at.best_step}" if trainer.at.best_loss is not None else ""
+    words = f"Restored step {trainer.at.step} of {trainer.steps}: adapter, optimizer, rates, the order of the rows{best}."
+    for step in checkpoint.steps(folder / "checkpoints"):
+        if step > trainer.at.step:
+            durable.remove_folder(folder / "checkpoints" / f"step-{step:06d}")
+    if trainer.first:
+        trainer.desk.emit("resumed", step=trainer.at.step, words=words)
+
+
+def _conclude(folder: Path, desk: loop.Desk, trainer: loop.Trainer, outcome: loop.Outcome) -> None:
+    """Write the adapter, whole or not at all, and only then say so."""
+    at = outcome.at
+    if outcome.saved:
+        bad = [name for name, value in trainer.parameters.items() if not bool(torch.isfinite(value).all())]
+        if bad:
+            raise TrainingError("training.not_finite", what=bad[0], value="nan", step=at.step, good=at.step - 1, lr=trainer.spec.optim.lr)
+        files = {**trainer.method.finish(trainer.model, trainer.spec), **trainer.task.extras()}
+        durable.publish_folder(folder / "adapter", files)
+        what = f"adapter of step {at.best_step}, the best one" if outcome.best else "adapter"
+        desk.emit("saved", step=at.step, what=what)
+    last = {"step": at.step, "steps": trainer.steps, "loss": at.best_loss if outcome.best else at.validation}
+    if outcome.state == "done":
+        desk.emit("done", **last, adapter_step=at.best_step if outcome.best else at.step, seconds=round(at.seconds, 1), reason=outcome.reason)
+    else:
+        kept = "saved" if outcome.saved else "nothing new was saved"
+        desk.emit("stopped", **last, saved=outcome.saved, reason=f"Stopped on request at step {at.step}; {kept}.")
+    desk.answered("stop")

@@ -1,0 +1,307 @@
+"""The training loop, the only one. It knows steps, rates, checkpoints and requests; what a row is only the task knows."""
+
+import math
+import time
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from lora_studio.errors import MachineError, TrainingError
+from lora_studio.spec import TrainSpec
+from lora_studio.training import checkpoint, optim
+from lora_studio.training.order import Draw, Plan, Stream, key
+
+
+class Task(Protocol):
+    """What the loop asks of a task. A new task or family answers these; the loop does not change.
+
+    `counts` and `weights`: the rows of each source and how often an epoch shows them. `held_out`: how many rows are kept
+    for validation. `prints`: fingerprints of base and rows, by name.
+    """
+
+    counts: tuple[int, ...]
+    weights: tuple[float, ...]
+    held_out: int
+    prints: dict[str, str]
+
+    def collate(self, draws: list[Draw]) -> Any:
+        """A batch of training rows, on the device. Everything random about it comes from the draws' seeds."""
+
+    def collate_held_out(self, indices: list[int]) -> Any:
+        """A batch of held-out rows; the same every time."""
+
+    def units(self, batch: Any) -> float:
+        """What the loss is averaged over: learnt tokens, or pictures."""
+
+    def loss(self, model, batch: Any) -> torch.Tensor:
+        """The loss summed over the batch's units, with its graph."""
+
+    def sample(self, model, prompt: str, seed: int) -> str:
+        """An answer to a prompt: text, or the name of a picture in samples/."""
+
+
+class Desk(Protocol):
+    """Where the loop reports and what it is told: a run folder, or a list in a test."""
+
+    def emit(self, kind: str, **fields) -> None:
+        """Report one event."""
+
+    def flush(self) -> None:
+        """See to it that everything reported so far lasts."""
+
+    def asked(self, request: str) -> dict | None:
+        """Whether someone asked for something (`stop`, `save`, `sample`)."""
+
+    def answered(self, request: str) -> None:
+        """Take a request away."""
+
+
+@dataclass
+class Outcome:
+    """How training ended: done, or stopped (saved or not), and where it stands."""
+
+    state: str
+    saved: bool
+    at: checkpoint.State
+    best: bool = False
+    reason: str = ""
+
+
+@dataclass
+class Trainer:
+    """A run in motion. `world` speaks for several processes (an accelerate.Accelerator), or is None for one."""
+
+    task: Task
+    method: Any
+    model: torch.nn.Module
+    spec: TrainSpec
+    desk: Desk
+    folder: Any
+    world: Any = None
+    at: checkpoint.State = field(default_factory=checkpoint.State)
+    began: float = 0.0
+    recent: list[tuple[float, float]] = field(default_factory=list)
+
+    def __post_init__(self):
+        spec = self.spec
+        self.plan = Plan(self.task.counts, self.task.weights, spec.schedule.batch_size, spec.schedule.accumulate, spec.compute.seed)
+        self.stream = Stream(self.plan)
+        self.steps = spec.schedule.steps or self.plan.steps(spec.schedule.epochs)
+        self.parameters = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+        self.optimizer = optim.OPTIMIZERS[spec.optim.kind](self.method.groups(self.model, spec), spec.optim)
+        self.eval_every = spec.validation.every or max(1, math.ceil(self.steps / 10))
+        self.save_every = spec.output.checkpoint_every or max(1, math.ceil(self.steps / 10))
+        self.sample_every = spec.output.sample_every or max(1, math.ceil(self.steps / 4))
+        self.first = self.world is None or self.world.is_main_process
+
+    # ---- the loop
+
+    def run(self) -> Outcome:
+        """Train from wherever the run stands to its end, or until someone asks to stop."""
+        self.began = time.monotonic() - self.at.seconds
+        if self.at.step == 0:
+            self._sample(0)
+        while self.at.step < self.steps and not self._is_patience_over():
+            outcome = self._step()
+            if outcome is not None:
+                return outcome
+            best = self._judge()
+            self._keep(best)
+        early = f"Stopped early: no better validation loss for {self.spec.validation.patience} validations."
+        return self._finish(early if self.at.step < self.steps else "")
+
+    def _step(self) -> Outcome | None:
+        """One optimizer step; an Outcome when someone asked to stop before it was complete."""
+        started, step = time.monotonic(), self.at.step
+        batches = [self._share(draws) for draws in self.stream.step(step)]
+        self.model.train()
+        self.method.before_step(self.model, step, self.steps)
+        factor = optim.factor(self.spec.schedule, step, self.steps)
+        rates = optim.set_rates(self.optimizer, factor)
+        try:
+            loss, units = self._gradients(batches, step)
+        except torch.OutOfMemoryError as error:
+            raise MachineError("machine.memory", device=_device_of(self.model), step=step + 1, advice=self._advice()) from error
+        if loss is None:
+            return self._stop()
+        norm = self._clip()
+        self._guard(step, loss=loss, gradient=norm)
+        self.optimizer.step()
+        self.method.after_step(self.model, step, self.steps)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.at.step, self.at.tokens = step + 1, self.at.tokens + int(units)
+        self._report(loss, norm, rates, units, time.monotonic() - started)
+        return None
+
+    def _gradients(self, batches: list, step: int) -> tuple[float | None, float]:
+        """Add up the gradients of a step, weighted by units over all its batches; (None, 0) when asked to stop."""
+        prepared = [self.task.collate(draws) for draws in batches if draws]
+        units = self._sum(sum(self.task.units(batch) for batch in prepared))
+        total = 0.0
+        for number, batch in enumerate(prepared):
+            if self.first and self.world is None and self.desk.asked("stop"):
+                self.optimizer.zero_grad(set_to_none=True)
+                return None, 0.0
+            torch.manual_seed(key(self.spec.compute.seed, "step", step, number))
+            loss = self.task.loss(self.model, batch) / units
+            loss.backward()
+            total += loss.detach().item()
+        if self.world is not None:
+            if self._sum(float(bool(self.first and self.desk.asked("stop")))):
+                self.optimizer.zero_grad(set_to_none=True)
+                return None, 0.0
+            for parameter in self.parameters.values():
+                parameter.grad = self.world.reduce(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad, "sum")
+        return self._sum(total), units
+
+    def _share(self, draws: list[Draw]) -> list[Draw]:
+        """The rows of a batch that fall to this process."""
+        return draws if self.world is None else draws[self.world.process_index :: self.world.num_processes]
+
+    def _sum(self, value: float) -> float:
+        """A number summed over the processes."""
+        if self.world is None:
+            return value
+        return self.world.reduce(torch.tensor(value, dtype=torch.float64, device=self.world.device), "sum").item()
+
+    def _clip(self) -> float:
+        limit = self.spec.optim.clip
+        return float(torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), math.inf if limit is None else limit))
+
+    def _guard(self, step: int, **values: float) -> None:
+        """Stop before a number that is not one reaches the weights."""
+        for what, value in values.items():
+            if not math.isfinite(value):
+                raise TrainingError("training.not_finite", what=what, value=value, step=step + 1, good=step, lr=self.spec.optim.lr)
+
+    def _report(self, loss: float, norm: float, rates: dict, units: float, seconds: float) -> None:
+        self.recent = [*self.recent[-19:], (seconds, units)]
+        per_step = sum(second for second, _ in self.recent) / len(self.recent)
+        self.at.seconds = time.monotonic() - self.began
+        if self.first:
+            self.desk.emit(
+                "step",
+                step=self.at.step,
+                steps=self.steps,
+                loss=loss,
+                grad_norm=norm,
+                **{f"lr_{role}": rate for role, rate in rates.items()},
+                tokens_per_second=round(sum(unit for _, unit in self.recent) / max(1e-9, per_step * len(self.recent)), 1),
+                memory=memory_used(_device_of(self.model)),
+                seconds_left=round((self.steps - self.at.step) * per_step, 1),
+                epoch=round(self.stream.epoch_at(self.at.step), 3),
+            )
+
+    # ---- around the steps
+
+    def _judge(self) -> bool:
+        """Validate when it is time; True when the loss is the lowest so far."""
+        step = self.at.step
+        if not self.task.held_out or (step % self.eval_every and step != self.steps):
+            return False
+        loss = self.evaluate()
+        self._guard(step - 1, validation_loss=loss)
+        best = self.at.best_loss is None or loss < self.at.best_loss
+        self.at.validation = loss
+        self.at.waited = 0 if best else self.at.waited + 1
+        if best:
+            self.at.best_step, self.at.best_loss = step, loss
+        if self.first:
+            self.desk.emit("eval", step=step, loss=loss, best=best)
+        return best
+
+    def _is_patience_over(self) -> bool:
+        return self.spec.validation.patience is not None and self.at.waited >= self.spec.validation.patience
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """The mean loss per unit over the held-out rows. Touches neither weights nor the draws of training."""
+        self.model.eval()
+        size, total, units = self.spec.schedule.batch_size, 0.0, 0.0
+        for number, start in enumerate(range(0, self.task.held_out, size)):
+            batch = self.task.collate_held_out(list(range(start, min(start + size, self.task.held_out))))
+            torch.manual_seed(key(self.spec.compute.seed, "validation", number))
+            total += self.task.loss(self.model, batch).item()
+            units += self.task.units(batch)
+        self.model.train()
+        return total / units
+
+    def _keep(self, best: bool) -> None:
+        """Write the samples and the checkpoint that are due, or were asked for. The checkpoint comes last: what a run
+        reported before it is never reported again by the run that goes on from it."""
+        step = self.at.step
+        if step % self.sample_every == 0 or step == self.steps or (self.first and self.desk.asked("sample")):
+            self._sample(step)
+            self.desk.answered("sample")
+        if step % self.save_every == 0 or (best and self.spec.validation.keep_best) or (self.first and self.desk.asked("save")):
+            self.save()
+            self.desk.answered("save")
+
+    def save(self) -> None:
+        """Write a checkpoint of this step, unless there is one. Refuses weights that are not finite."""
+        if not self.first or self.at.step in checkpoint.steps(self.folder):
+            return
+        bad = [name for name, value in self.parameters.items() if not bool(torch.isfinite(value).all())]
+        if bad:
+            self._guard(self.at.step - 1, **{f"weight {bad[0]}": math.nan})
+        self.desk.flush()
+        checkpoint.write(self.folder, self.parameters, self.optimizer, self.at)
+        checkpoint.prune(self.folder, keep=self.spec.output.keep, best=self.at.best_step or None)
+        self.desk.emit("saved", step=self.at.step, what="checkpoint")
+
+    @torch.no_grad()
+    def _sample(self, step: int) -> None:
+        if not self.first:
+            return
+        self.model.eval()
+        for number, prompt in enumerate(self.spec.output.sample_prompts):
+            seed = key(self.spec.compute.seed, "sample", number)
+            torch.manual_seed(seed)
+            self.desk.emit("sample", step=step, prompt=prompt, answer=self.task.sample(self.model, prompt, seed))
+        self.model.train()
+
+    def _finish(self, reason: str) -> Outcome:
+        """The end of the run: the last samples and checkpoint, then the best weights where they are wanted."""
+        if self.at.step not in checkpoint.steps(self.folder):
+            self._sample(self.at.step)
+        self.save()
+        wanted = self.spec.validation.keep_best and self.task.held_out and self.at.best_step not in (0, self.at.step)
+        if wanted:
+            self._load_best()
+        return Outcome("done", True, self.at, best=bool(wanted), reason=reason)
+
+    def _load_best(self) -> None:
+        best = checkpoint.read_parameters(self.folder / f"step-{self.at.best_step:06d}")
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(best[name])
+
+    def _stop(self) -> Outcome:
+        """Someone asked to stop: save first where that was wanted."""
+        request = (self.desk.asked("stop") if self.first else None) or {}
+        save = bool(request.get("save", True))
+        if save:
+            self.save()
+        return Outcome("stopped", save, self.at)
+
+    def _advice(self) -> str:
+        """What to change after running out of memory."""
+        size = self.spec.schedule.batch_size
+        smaller = f"Set schedule.batch_size to {max(1, size // 2)} and schedule.accumulate to {self.spec.schedule.accumulate * 2}" if size > 1 else ""
+        other = "" if self.spec.compute.checkpointing else "set compute.checkpointing to true"
+        shorter = f"lower task.max_length (now {getattr(self.spec.task, 'max_length', 0)})"
+        return ", or ".join(part for part in (smaller, other, shorter) if part) + "."
+
+
+def _device_of(model: torch.nn.Module) -> str:
+    return str(next(model.parameters()).device)
+
+
+def memory_used(device: str) -> int:
+    """Bytes in use: the peak on a GPU, the resident size of the process on a CPU."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    import psutil
+
+    return psutil.Process().memory_info().rss

@@ -1,0 +1,120 @@
+"""Optimizers, their parameter groups (LoRA+), and schedules as pure functions of the step."""
+
+import math
+import re
+
+import torch
+
+from lora_studio.errors import MachineError
+from lora_studio.spec import Optim, Schedule
+
+# Which part of an adapter a parameter is, by its name. Embedding adapters come first: PEFT starts their A at zero and
+# draws their B, so the roles are swapped there and the ratio must not touch them.
+ROLES = (
+    ("embedding", re.compile(r"\.lora_embedding_[AB]\b")),
+    ("B", re.compile(r"\.lora_B\b")),
+    ("magnitude", re.compile(r"\.lora_magnitude_vector\b")),
+    ("A", re.compile(r"\.lora_A\b")),
+)
+
+
+def role(name: str) -> str:
+    """A, B, embedding, magnitude, or other (heads, biases, what is saved beside the adapter)."""
+    return next((found for found, pattern in ROLES if pattern.search(name)), "other")
+
+
+def groups(parameters, optim: Optim) -> list[dict]:
+    """Parameter groups of (name, parameter) pairs, one per role and decay, in a fixed order.
+
+    LoRA+ (Hayou et al. 2024, arXiv 2402.12354): eta_B = ratio * eta_A. Only B matrices get the ratio; magnitudes,
+    embeddings, biases and heads learn at the base rate. Vectors are never decayed.
+    """
+    ratio, made = optim.lora_plus_ratio or 1.0, {}
+    for name, parameter in parameters:
+        if not parameter.requires_grad:
+            continue
+        part = role(name)
+        decay = 0.0 if parameter.ndim < 2 or part == "magnitude" else optim.weight_decay
+        rate = optim.lr * ratio if part == "B" else optim.lr
+        group = made.setdefault((part, decay), {"params": [], "lr": rate, "base_lr": rate, "weight_decay": decay, "role": part})
+        group["params"].append(parameter)
+    return [made[entry] for entry in sorted(made)]
+
+
+def _adamw(groups: list[dict], optim: Optim):
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), fused=True)
+
+
+def _adamw_8bit(groups: list[dict], optim: Optim):
+    try:
+        import bitsandbytes
+    except ImportError:
+        raise MachineError("machine.package", name="bitsandbytes", use="optim.kind adamw_8bit") from None
+    return bitsandbytes.optim.AdamW8bit(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2))
+
+
+def _adafactor(groups: list[dict], optim: Optim):
+    return torch.optim.Adafactor(groups, lr=optim.lr)
+
+
+def _sgd(groups: list[dict], optim: Optim):
+    return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.beta1)
+
+
+OPTIMIZERS = {"adamw": _adamw, "adamw_8bit": _adamw_8bit, "adafactor": _adafactor, "sgd": _sgd}
+
+
+def build(parameters, optim: Optim) -> torch.optim.Optimizer:
+    """The optimizer of a spec over (name, parameter) pairs. Each group knows its role and its highest rate (`base_lr`)."""
+    return OPTIMIZERS[optim.kind](groups(parameters, optim), optim)
+
+
+def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> dict[str, float]:
+    """Set every group's rate to factor * its highest rate. Returns the rate of each role."""
+    rates = {}
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+        rates[group["role"]] = group["lr"]
+    return rates
+
+
+def warmup_steps(schedule: Schedule, steps: int) -> int:
+    """The warm-up in steps."""
+    return int(schedule.warmup * steps) if schedule.warmup < 1 else int(schedule.warmup)
+
+
+def factor(schedule: Schedule, step: int, steps: int) -> float:
+    """The rate at step `step` (from 0) of `steps`, as a share of the highest: a linear warm-up from zero, then the kind's
+    course. The formulas are those of transformers.get_scheduler; wsd decays linearly over the last fifth."""
+    warmup = warmup_steps(schedule, steps)
+    if step < warmup:
+        return step / max(1, warmup)
+    return COURSES[schedule.kind](step, steps, warmup)
+
+
+def _linear(step: int, steps: int, warmup: int) -> float:
+    return max(0.0, (steps - step) / max(1, steps - warmup))
+
+
+def _cosine(step: int, steps: int, warmup: int) -> float:
+    return max(0.0, 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))))
+
+
+def _inverse_sqrt(step: int, steps: int, warmup: int) -> float:
+    # transformers' default time scale where there is no warm-up
+    scale = warmup or 10_000
+    return 1.0 / math.sqrt((step - warmup + scale) / scale)
+
+
+def _wsd(step: int, steps: int, warmup: int) -> float:
+    decay = max(1, round(0.2 * steps))
+    return min(1.0, max(0.0, (steps - step) / decay))
+
+
+COURSES = {
+    "constant": lambda step, steps, warmup: 1.0,
+    "linear": _linear,
+    "cosine": _cosine,
+    "inverse_sqrt": _inverse_sqrt,
+    "wsd": _wsd,
+}

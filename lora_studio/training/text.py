@@ -1,0 +1,221 @@
+"""The language tasks chat, prompt_completion and text: rows to tokens, batches, the loss on what is to be learnt, answers."""
+
+import hashlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+
+from lora_studio import bases, rows
+from lora_studio.errors import BaseModelError, MachineError
+from lora_studio.spec import TrainSpec
+from lora_studio.training import encode, fused, order, packed
+from lora_studio.training.encode import Example, first_line
+
+CLOSE_ENOUGH = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+
+
+@dataclass
+class Batch:
+    """Rows on the device. `targets` are the ids to be learnt and `places` where the states that foretell them stand:
+    indices into the packed row, or into the flattened padded one."""
+
+    packed: packed.Packed | None
+    padded: dict[str, torch.Tensor] | None
+    places: torch.Tensor
+    targets: torch.Tensor
+
+
+class TextTask:
+    """A causal language model and its rows, as the loop asks for them."""
+
+    def __init__(self, spec: TrainSpec, *, device: str, note: Callable[[str], None]):
+        self.spec, self.device, self.note = spec, torch.device(device), note
+        self.dtype = choose_dtype(spec.compute.precision, device)
+        self.fast = False
+
+    def load(self) -> torch.nn.Module:
+        """Load base, tokenizer and rows. Returns the bare model. Raises StudioError with the way out."""
+        folder = bases.fetch(self.spec.base)
+        self.tokenizer = encode.load_tokenizer(folder, self.spec.base.id)
+        self.encoder = encode.Encoder(self.tokenizer, self.spec)
+        collected = rows.collect(self.spec)
+        for found in collected:
+            if found.skipped:
+                self.note(f"{found.source.path}: left out are {found.skipped_in_words()}.")
+        self.encoded = encode.encode_all(self.spec, self.encoder, collected)
+        for sentence in encode.losses_in_words(self.encoded):
+            self.note(sentence)
+        self.counts = tuple(len(source) for source in self.encoded.train)
+        self.weights = tuple(source.weight for source in self.spec.data)
+        self.held_out = len(self.encoded.held_out)
+        model = load_model(folder, self.spec.base.id, self.dtype).to(self.device)
+        self.prints = {"base": base_print(folder), "rows": self.encoded.print}
+        return model
+
+    def parts(self, model: torch.nn.Module) -> list[str]:
+        """The ends of the names of the layers that get an adapter."""
+        return bases.inspect(self.spec.base).targets(self.spec.method.targets) or list(
+            self.spec.method.targets if self.spec.method.targets != "auto" else linears_of(model)
+        )
+
+    def prepare(self, model: torch.nn.Module) -> str:
+        """Choose between the fast path and the plain one, by trying the fast one on this very model. Returns it in words."""
+        compute = self.spec.compute
+        if compute.checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if not compute.packing:
+            return "padded batches, plain layers"
+        try:
+            model.train()
+            packed.refuse(model)
+            counts = fused.install(model) if compute.fused else {}
+            probe = [list(example.ids[:24]) for source in self.encoded.train for example in source if len(example.ids) > 1][:2]
+            off = fused.self_check(model, probe)
+        except packed.Unsupported as reason:
+            fused.remove(model)
+            return f"padded batches, plain layers ({reason})"
+        if not off <= CLOSE_ENOUGH[self.dtype]:
+            fused.remove(model)
+            self.note(f"The fast path differs by {off:.1e} on this model, so the plain one is used.")
+            return "padded batches, plain layers"
+        self.fast = True
+        kinds = ", ".join(f"{count} {kind}" for kind, count in counts.items()) or "none"
+        return f"packed rows; fused layers: {kinds}; checked on this model, off by {off:.1e}"
+
+    # ---- what the loop asks
+
+    def collate(self, draws: list[order.Draw]) -> Batch:
+        """Training rows as a batch on the device."""
+        return self._batch([self.encoded.train[draw.source][draw.index] for draw in draws])
+
+    def collate_held_out(self, indices: list[int]) -> Batch:
+        """Held-out rows as a batch on the device."""
+        return self._batch([self.encoded.held_out[index] for index in indices])
+
+    def units(self, batch: Batch) -> float:
+        """The number of learnt tokens."""
+        return float(len(batch.targets))
+
+    def _batch(self, examples: list[Example]) -> Batch:
+        width = max(len(example.ids) for example in examples)
+        places, targets, start = [], [], 0
+        for example in examples:
+            for at in range(1, len(example.ids)):
+                if example.learnt[at]:
+                    places.append(start + at - 1)
+                    targets.append(example.ids[at])
+            start += len(example.ids) if self.fast else width
+        where = torch.tensor(places, device=self.device)
+        what = torch.tensor(targets, device=self.device)
+        if self.fast:
+            return Batch(packed.concatenate([list(example.ids) for example in examples], device=self.device), None, where, what)
+        ids = torch.zeros(len(examples), width, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, example in enumerate(examples):
+            ids[row, : len(example.ids)] = torch.tensor(example.ids)
+            mask[row, : len(example.ids)] = 1
+        return Batch(None, {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}, where, what)
+
+    def loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        """Minus the log-likelihood of the learnt tokens, summed."""
+        if self.fast:
+            with packed.attention(model):
+                states = packed.hidden(model, batch.packed)
+            return fused.linear_cross_entropy(states[batch.places], fused.head_weight(model), batch.targets)
+        logits = model(**batch.padded, use_cache=False).logits
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1)[batch.places].float(), batch.targets, reduction="sum")
+
+    def sample(self, model: torch.nn.Module, prompt: str, seed: int) -> str:
+        """The model's greedy answer to a prompt; the same weights give the same answer."""
+        ids = torch.tensor([self.encoder.prompt(prompt)], device=self.device)
+        room = self.spec.output.sample_tokens
+        stop = {token for token in (self.tokenizer.eos_token_id, *_ends(model)) if token is not None}
+        checkpointing = self.spec.compute.checkpointing
+        if checkpointing:
+            model.gradient_checkpointing_disable()
+        found = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=room,
+            do_sample=False,
+            pad_token_id=self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else min(stop, default=0),
+            eos_token_id=sorted(stop) or None,
+            use_cache=True,
+        )
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        return self.tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True).strip()
+
+    def extras(self) -> dict[str, bytes]:
+        """Files that belong beside the adapter: the chat template it was trained with, where that is not the base's own."""
+        template = self.encoder.template
+        if template is None or template.origin == "the tokenizer's own":
+            return {}
+        return {"chat_template.jinja": template.text.encode()}
+
+
+def choose_dtype(precision: str, device: str) -> torch.dtype:
+    """bf16 where it is asked for or where the device has it, else fp32. Raises MachineError."""
+    able = torch.cuda.is_bf16_supported(including_emulation=False) if device.startswith("cuda") else _cpu_has_bf16() if device == "cpu" else True
+    if precision == "bf16" and not able and device != "cpu":
+        raise MachineError("machine.no_bf16", device=device)
+    return torch.bfloat16 if precision == "bf16" or (precision == "auto" and able) else torch.float32
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether the processor multiplies bf16 in hardware; elsewhere torch emulates it slowly."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def load_model(folder: Path, id: str, dtype: torch.dtype) -> torch.nn.Module:
+    """A causal language model from safetensors. Raises BaseModelError."""
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, attn_implementation="sdpa"
+        )
+    except (ValueError, KeyError) as error:
+        if "Unrecognized configuration class" in str(error):
+            config = transformers.AutoConfig.from_pretrained(folder)
+            raise BaseModelError("base.not_causal", id=id, model_type=config.model_type) from None
+        if "trust_remote_code" in str(error) or "does not recognize this architecture" in str(error):
+            raise BaseModelError("base.remote_code", id=id) from None
+        raise BaseModelError("base.broken", id=id, reason=first_line(error)) from None
+    except (OSError, RuntimeError) as error:
+        raise BaseModelError("base.broken", id=id, reason=first_line(error)) from None
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return model
+
+
+def linears_of(model: torch.nn.Module) -> list[str]:
+    """The ends of the names of all linear layers but the head."""
+    head = model.get_output_embeddings()
+    return sorted({name.rsplit(".", 1)[-1] for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear) and layer is not head})
+
+
+def base_print(folder: Path) -> str:
+    """A hash that changes when a base's weights do: its configuration, and the headers, sizes and ends of its files."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in sorted(folder.glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size}".encode())
+        with open(file, "rb") as handle:
+            digest.update(handle.read(1 << 20))
+            handle.seek(max(0, size - (1 << 20)))
+            digest.update(handle.read())
+    return digest.hexdigest()
+
+
+def _ends(model: torch.nn.Module) -> list[int]:
+    ends = model.generation_config.eos_token_id
+    return ends if isinstance(ends, list) else [ends]
+

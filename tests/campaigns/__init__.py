@@ -1,0 +1,1 @@
+"""Long trials, run by name; each has a short form in the suite."""
