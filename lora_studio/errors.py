@@ -73,14 +73,12 @@ SENTENCES = {
     "training.not_finite": "The {what} became {value} at step {step}; the last good step is {good}. "
     "Nothing broken was saved. Try a lower optim.lr (now {lr:g}) or a longer schedule.warmup.",
     "training.resume_changed": "The run cannot go on from its checkpoint: {changes}. Start a new run with these settings.",
-    "training.checkpoint_none": "{id} has no whole checkpoint to go on from{bad}. Start it again as a new run.",
     # runs
     "run.unknown": "There is no run {id}. See `runs` for those that are here.",
     "run.ambiguous": "{id} fits several runs: {known}. Give more of the id.",
     "run.not_running": "The run {id} is {state}, so there is nothing to stop.",
     "run.live": "The run {id} is {state}. Stop it first.",
     "run.finished": "The run {id} is done; there is nothing to go on with. Start a new run, or raise schedule.steps there.",
-    "run.bad_name": "{name!r} cannot be a name: {reason}.",
     "run.vanished": "The process vanished without a word, as after a power cut or kill -9. Its last log line: {line}",
     "run.ended": "The process {words}. Its last log line: {line}",
     "run.failed": "The run {id} failed. {reason}",

@@ -206,6 +206,14 @@ class TrainSpec(Part):
     compute: Compute = Compute()
     output: Output = Output()
 
+    @model_validator(mode="before")
+    @classmethod
+    def task_is_chat_unless_said(cls, tree):
+        """A task without a kind is a chat."""
+        if isinstance(tree, dict) and isinstance(tree.get("task"), dict) and "kind" not in tree["task"]:
+            return {**tree, "task": {"kind": "chat", **tree["task"]}}
+        return tree
+
     @model_validator(mode="after")
     def every_setting_has_an_effect(self):
         """Refuse settings that differ from their default and would do nothing."""

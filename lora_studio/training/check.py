@@ -12,7 +12,7 @@ def check(spec: TrainSpec) -> dict:
     problems: list[Problem] = []
     facts: dict[str, object] = {}
     try:
-        folder = fetch(spec.base)
+        folder, info = fetch(spec.base), inspect(spec.base)
         encoder = encode.Encoder(encode.load_tokenizer(folder, spec.base.id), spec)
         encoded = encode.encode_all(spec, encoder, rows.collect(spec))
         plan = order.Plan(
@@ -20,7 +20,7 @@ def check(spec: TrainSpec) -> dict:
             spec.schedule.batch_size, spec.schedule.accumulate, spec.compute.seed,
         )  # fmt: skip
         facts = {**encoded.facts, "steps": spec.schedule.steps or plan.steps(spec.schedule.epochs)}
-        facts["targets"] = inspect(spec.base).targets(spec.method.targets)
+        facts["targets"] = info.targets(spec.method.targets)
         if encoder.template is not None:
             facts["template"] = encoder.template.origin
         problems += [Problem("data", sentence, "warning") for sentence in encode.losses_in_words(encoded)]

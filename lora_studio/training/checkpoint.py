@@ -53,19 +53,35 @@ def write(folder: Path, parameters: dict[str, torch.Tensor], optimizer, state: S
 
 
 def _bytes(tensors: dict[str, torch.Tensor]) -> bytes:
-    return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    # Cloned, because some optimizers share a table between parameters, and safetensors refuses shared memory.
+    return save({name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()})
 
 
-def _flatten(state: dict) -> tuple[dict[str, torch.Tensor], dict]:
-    """An optimizer's state as tensors by `number/name` and plain values by number."""
+def _flatten(state: dict, path: str = "") -> tuple[dict[str, torch.Tensor], dict[str, object]]:
+    """An optimizer's state, however deep, as tensors and plain values by path (`number/name`)."""
     tensors, plain = {}, {}
-    for number, entries in state.items():
-        for name, value in entries.items():
-            if isinstance(value, torch.Tensor):
-                tensors[f"{number}/{name}"] = value
-            else:
-                plain.setdefault(str(number), {})[name] = value
+    for key, value in state.items():
+        here = f"{path}/{key}" if path else str(key)
+        if isinstance(value, dict):
+            inner_tensors, inner_plain = _flatten(value, here)
+            tensors, plain = {**tensors, **inner_tensors}, {**plain, **inner_plain}
+        elif isinstance(value, torch.Tensor):
+            tensors[here] = value
+        else:
+            plain[here] = value
     return tensors, plain
+
+
+def _unflatten(values: dict[str, object]) -> dict:
+    """The other way round; the first step of a path is a parameter's number."""
+    state: dict = {}
+    for path, value in values.items():
+        number, *inner, name = path.split("/")
+        here = state.setdefault(int(number), {})
+        for step in inner:
+            here = here.setdefault(step, {})
+        here[name] = value
+    return state
 
 
 def steps(folder: Path) -> list[int]:
@@ -105,10 +121,7 @@ def restore(path: Path, parameters: dict[str, torch.Tensor], optimizer) -> State
         for name, parameter in parameters.items():
             parameter.copy_(saved[name])
     content = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    state = {int(number): dict(values) for number, values in content["optimizer"].items()}
-    for name, tensor in load((path / "optimizer.safetensors").read_bytes()).items():
-        number, _, entry = name.partition("/")
-        state.setdefault(int(number), {})[entry] = tensor
+    state = _unflatten({**content["optimizer"], **load((path / "optimizer.safetensors").read_bytes())})
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return State(**content["run"])
 

@@ -4,8 +4,9 @@
     fused.install                 LoRA linears, RMSNorm and SwiGLU with hand-written backward passes
     fused.self_check              how far the fast loss is from the model's own, on this very model
 
-`install` touches only what it recognises by exact type, checks the state again at every call, and leaves the plain
-forward in charge of the rest (dropout, DoRA, merged or disabled adapters, quantized bases, autocast).
+`install` touches only what it recognises (PEFT's plain linear by exact type, norms and gated layers by having the very
+bytecode of Llama's), checks the state again at every call, and leaves the plain forward in charge of the rest
+(dropout, DoRA, merged or disabled adapters, quantized bases, autocast).
 """
 
 import contextlib
@@ -18,35 +19,13 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from torch.autograd import Function
 from transformers.activations import ACT2FN
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from lora_studio.training import packed
 from lora_studio.training.packed import Unsupported
 
-_TRANSFORMERS = "transformers.models.{0}.modeling_{0}."
-# Modules whose forward is known word for word: y = weight * (x / rms(x)).to(x.dtype), and down(silu(gate(x)) * up(x)),
-# and projections that all take the attention's input. Full names, so that a namesake elsewhere is not taken for them.
-NORMS = {
-    _TRANSFORMERS.format(family) + name
-    for family, name in (
-        ("llama", "LlamaRMSNorm"), ("mistral", "MistralRMSNorm"), ("qwen2", "Qwen2RMSNorm"), ("qwen3", "Qwen3RMSNorm"),
-        ("smollm3", "SmolLM3RMSNorm"), ("phi3", "Phi3RMSNorm"), ("granite", "GraniteRMSNorm"),
-    )
-}  # fmt: skip
-GATED = {
-    _TRANSFORMERS.format(family) + name
-    for family, name in (
-        ("llama", "LlamaMLP"), ("mistral", "MistralMLP"), ("qwen2", "Qwen2MLP"), ("qwen3", "Qwen3MLP"),
-        ("smollm3", "SmolLM3MLP"), ("granite", "GraniteMLP"),
-    )
-}  # fmt: skip
-ATTENTIONS = {
-    _TRANSFORMERS.format(family) + name
-    for family, name in (
-        ("llama", "LlamaAttention"), ("mistral", "MistralAttention"), ("qwen2", "Qwen2Attention"),
-        ("qwen3", "Qwen3Attention"), ("smollm3", "SmolLM3Attention"), ("granite", "GraniteAttention"),
-        ("gemma", "GemmaAttention"), ("gemma2", "Gemma2Attention"), ("gemma3", "Gemma3Attention"),
-    )
-}  # fmt: skip
+# Children that attention and gated layers call with one and the same input; each call checks that it is so.
+TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 # The loss
@@ -85,9 +64,7 @@ class _LinearCrossEntropy(Function):
         return gradient * scale.to(gradient.dtype), None, None, None
 
 
-def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, bias: Tensor | None = None, chunk: int | None = None
-) -> Tensor:
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, bias: Tensor | None = None, chunk: int | None = None) -> Tensor:
     """Sum over rows of -log softmax(hidden @ weight.T)[label], a float32 scalar (float64 for float64 input).
 
     hidden (N, d), weight (V, d) frozen, labels (N,) in 0..V-1; `chunk` rows are scored at a time, and no (N, V)
@@ -102,7 +79,7 @@ def linear_cross_entropy(
         raise Unsupported(f"hidden states are {hidden.dtype} and the head is {weight.dtype}")
     if chunk is None:
         # On the CPU 16 MiB of float32 stay near the caches; a GPU wants larger products.
-        elements = 2**22 if hidden.device.type == "cpu" else 2**27
+        elements = 2**22 if hidden.device.type == "cpu" else 2**26
         chunk = max(16, elements // len(weight) // 16 * 16)
     return _LinearCrossEntropy.apply(hidden, weight, labels, chunk)
 
@@ -203,26 +180,37 @@ def _takes(x: Tensor, plan) -> bool:
 
 
 class _Siblings:
-    """LoRA linears that their parent calls one after another with the same input: the first call runs them all."""
+    """LoRA linears whose parent calls them one after another with the same input: the first call runs them all.
+
+    A waiting output is handed out only for the same tensor, unchanged, in the same grad mode. Members that turn out
+    to be called with other inputs go on alone.
+    """
 
     def __init__(self, members: list[lora.Linear]):
-        self.members, self.x, self.waiting = members, None, {}
+        self.members, self.given, self.waiting = members, None, {}
 
     def __call__(self, module: lora.Linear, x: Tensor, *args, **kwargs) -> Tensor:
-        if self.x is x and module in self.waiting:
+        if args or kwargs or x.is_inference():
+            return self._alone(module, x, *args, **kwargs)
+        given = (x, x._version, torch.is_grad_enabled())
+        if module in self.waiting and self.given[0] is x and self.given[1:] == given[1:]:
             output = self.waiting.pop(module)
-            if not self.waiting:
-                self.x = None
+            self.given = given if self.waiting else None
             return output
-        self.x, self.waiting = None, {}
-        plans = [_linear_plan(member) for member in self.members] if not args and not kwargs else [None]
-        own = plans[self.members.index(module)] if len(plans) > 1 else plans[0]
-        if module is self.members[0] and len(plans) > 1 and all(_takes(x, plan) for plan in plans):
-            first, *rest = _apply_lora(x, plans)
-            self.x, self.waiting = x, dict(zip(self.members[1:], rest, strict=True))
-            return first
-        if not args and not kwargs and _takes(x, own):
-            return _apply_lora(x, [own])[0]
+        if self.waiting:  # somebody was not called, or with another input: not siblings after all
+            self.members, self.given, self.waiting = [], None, {}
+        plans = [_linear_plan(member) for member in self.members]
+        if len(plans) < 2 or not all(_takes(x, plan) for plan in plans):
+            return self._alone(module, x)
+        outputs = dict(zip(self.members, _apply_lora(x, plans), strict=True))
+        output = outputs.pop(module)
+        self.given, self.waiting = given, outputs
+        return output
+
+    def _alone(self, module: lora.Linear, x: Tensor, *args, **kwargs) -> Tensor:
+        plan = None if args or kwargs else _linear_plan(module)
+        if _takes(x, plan):
+            return _apply_lora(x, [plan])[0]
         return type(module).forward(module, x, *args, **kwargs)
 
 
@@ -295,11 +283,14 @@ def _put(module: nn.Module, function) -> bool:
     return True
 
 
-def _name(module: nn.Module) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"
+def _does(module: nn.Module, known: type) -> bool:
+    """Whether this module's forward is, instruction by instruction, that of `known`."""
+    forward, other = getattr(type(module).forward, "__code__", None), known.forward.__code__
+    parts = ("co_code", "co_names", "co_consts", "co_varnames", "co_freevars")
+    return forward is not None and all(getattr(forward, part) == getattr(other, part) for part in parts)
 
 
-def _is_plain(module: nn.Module) -> bool:
+def _is_plain(module: nn.Module | None) -> bool:
     return type(module) is lora.Linear and _linear_plan(module) is not None
 
 
@@ -310,13 +301,13 @@ def install(model: nn.Module) -> dict[str, int]:
     """
     counts: Counter[str] = Counter()
     for module in model.modules():
-        for known, names in ((ATTENTIONS, ("q_proj", "k_proj", "v_proj")), (GATED, ("gate_proj", "up_proj"))):
-            joined = _join(module, names) if _name(module) in known else 0
+        for names in TOGETHER:
+            joined = _join(module, names)
             counts["linear"] += joined
             counts["shared input"] += joined > 0
-        if _name(module) in GATED and type(module.act_fn) in (nn.SiLU, type(ACT2FN["silu"])):
+        if _does(module, LlamaMLP) and type(module.act_fn) in (nn.SiLU, type(ACT2FN["silu"])):
             counts["gated"] += _put(module, _gated)
-        if _name(module) in NORMS and not module.weight.requires_grad:
+        if _does(module, LlamaRMSNorm) and not module.weight.requires_grad:
             counts["norm"] += _put(module, _norm)
     for module in model.modules():
         if _is_plain(module):
@@ -326,9 +317,9 @@ def install(model: nn.Module) -> dict[str, int]:
 
 def _join(parent: nn.Module, names: tuple[str, ...]) -> int:
     """Let those of the named children that are plain LoRA linears run together; how many, if at least two do."""
-    members = [getattr(parent, name) for name in names]
+    members = [getattr(parent, name, None) for name in names]
     members = [member for member in members if _is_plain(member) and "forward" not in member.__dict__]
-    if len(members) < 2:
+    if len(members) < 2 or len({member.in_features for member in members}) > 1:
         return 0
     together = _Siblings(members)
     for member in members:
@@ -390,7 +381,7 @@ def self_check(model: nn.Module, documents: list) -> float:
     packed.refuse(model)
     keep = batch.position_ids[0] > 0
     with _stirred(model):
-        states = packed.hidden(model, batch)[keep.roll(-1)]
+        states = _tried(model, batch)[keep.roll(-1)]
         fast = linear_cross_entropy(states, weight, batch.input_ids[0][keep]).item()
         with removed(model):
             plain = 0.0
@@ -398,3 +389,10 @@ def self_check(model: nn.Module, documents: list) -> float:
                 loss = model(input_ids=row[None], labels=row[None], use_cache=False).loss
                 plain += loss.item() * (len(row) - 1)
     return abs(fast - plain) / max(abs(plain), 1e-12)
+
+
+def _tried(model: nn.Module, batch: packed.Packed) -> Tensor:
+    try:
+        return packed.hidden(model, batch)
+    except (AttributeError, TypeError) as error:  # a model that looks into its mask meets an object it does not know
+        raise Unsupported(f"{type(packed.causal(model)).__name__} cannot run a packed row: {error}") from error

@@ -140,7 +140,7 @@ class Trainer:
         units = self._sum(sum(self.task.units(batch) for batch in prepared))
         total = 0.0
         for number, batch in enumerate(prepared):
-            if self.first and self.world is None and self.desk.asked("stop"):
+            if self.world is None and self._asked("stop"):
                 self.optimizer.zero_grad(set_to_none=True)
                 return None, 0.0
             torch.manual_seed(key(self.spec.compute.seed, "step", step, number))
@@ -148,7 +148,7 @@ class Trainer:
             loss.backward()
             total += loss.detach().item()
         if self.world is not None:
-            if self._sum(float(bool(self.first and self.desk.asked("stop")))):
+            if self._sum(float(self._asked("stop"))):
                 self.optimizer.zero_grad(set_to_none=True)
                 return None, 0.0
             for parameter in self.parameters.values():
@@ -164,6 +164,9 @@ class Trainer:
         if self.world is None:
             return value
         return self.world.reduce(torch.tensor(value, dtype=torch.float64, device=self.world.device), "sum").item()
+
+    def _asked(self, request: str) -> bool:
+        return self.first and self.desk.asked(request) is not None
 
     def _clip(self) -> float:
         limit = self.spec.optim.clip
@@ -231,10 +234,11 @@ class Trainer:
         """Write the samples and the checkpoint that are due, or were asked for. The checkpoint comes last: what a run
         reported before it is never reported again by the run that goes on from it."""
         step = self.at.step
-        if step % self.sample_every == 0 or step == self.steps or (self.first and self.desk.asked("sample")):
+        last = step == self.steps or self._is_patience_over()
+        if last or step % self.sample_every == 0 or self._asked("sample"):
             self._sample(step)
             self.desk.answered("sample")
-        if step % self.save_every == 0 or (best and self.spec.validation.keep_best) or (self.first and self.desk.asked("save")):
+        if last or step % self.save_every == 0 or (best and self.spec.validation.keep_best) or self._asked("save"):
             self.save()
             self.desk.answered("save")
 
@@ -262,10 +266,7 @@ class Trainer:
         self.model.train()
 
     def _finish(self, reason: str) -> Outcome:
-        """The end of the run: the last samples and checkpoint, then the best weights where they are wanted."""
-        if self.at.step not in checkpoint.steps(self.folder):
-            self._sample(self.at.step)
-        self.save()
+        """The end of the run: the best weights where they are wanted."""
         wanted = self.spec.validation.keep_best and self.task.held_out and self.at.best_step not in (0, self.at.step)
         if wanted:
             self._load_best()

@@ -231,12 +231,9 @@ def _attend(
     if query.shape[0] != 1 or not query.shape[2] == key.shape[2] == sum(batch.lengths):
         raise Unsupported(f"queries {tuple(query.shape)} and keys {tuple(key.shape)} are not the packed row")
     window = attention_mask.window if window is None else window
-    if window is not None and window >= batch.longest:
-        window = None
-    kernel = _kernel(query, value, window)
-    if kernel is not None:
-        return kernel(query, key, value, batch, scale, window), None
-    return by_document(query, key, value, lengths=batch.lengths, scale=scale, window=window), None
+    mask = DocumentMask(batch, None if window is None or window >= batch.longest else window)
+    kernel = _kernel(query, value, mask.window) or by_document
+    return kernel(query, key, value, mask, scale), None
 
 
 def _refuse_call(module: nn.Module, mask: DocumentMask | None, dropout: float, options: dict) -> None:
@@ -252,20 +249,19 @@ def _refuse_call(module: nn.Module, mask: DocumentMask | None, dropout: float, o
         raise Unsupported(f"{type(module).__name__} has attention dropout {dropout}")
 
 
-def by_document(
-    query: Tensor, key: Tensor, value: Tensor, *, lengths: tuple[int, ...], scale: float | None, window: int | None
-) -> Tensor:
+def by_document(query: Tensor, key: Tensor, value: Tensor, mask: DocumentMask, scale: float | None) -> Tensor:
     """Causal attention of each document to itself: (1, heads, T, d) and (1, groups, T, d) to (1, T, heads, d).
 
-    A token sees itself and the `window - 1` tokens before it (None: all before it).
+    A token sees itself and the `mask.window - 1` tokens before it (None: all before it).
     """
+    lengths = mask.batch.lengths
     if key.shape[1] != query.shape[1]:
         # Repeated rather than enable_gqa: on the CPU that option leaves the fast kernel.
         repeats = query.shape[1] // key.shape[1]
         key, value = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))
     outputs = []
     for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True):
-        outputs.append(_one_document(q, k, v, scale, window).transpose(1, 2))
+        outputs.append(_one_document(q, k, v, scale, mask.window).transpose(1, 2))
     return torch.cat(outputs, dim=1)
 
 
@@ -360,14 +356,14 @@ def _rows(*tensors: Tensor) -> list[Tensor]:
     return [tensor[0].transpose(0, 1).contiguous() for tensor in tensors]
 
 
-def _torch_varlen(query, key, value, batch: Packed, scale: float | None, window: int | None) -> Tensor:
+def _torch_varlen(query: Tensor, key: Tensor, value: Tensor, mask: DocumentMask, scale: float | None) -> Tensor:
     """torch.nn.attention.varlen; its options grew from release to release, so only those it has are given."""
     from torch.nn.attention.varlen import varlen_attn
 
-    has, options = _varlen_parameters(), {}
+    has, options, batch = _varlen_parameters(), {}, mask.batch
     q, k, v = _rows(query, key, value)
     if "window_size" in has:
-        options["window_size"] = (-1 if window is None else window - 1, 0)
+        options["window_size"] = (-1 if mask.window is None else mask.window - 1, 0)
     if "is_causal" in has:
         options["is_causal"] = True
     if k.shape[1] != q.shape[1]:
@@ -384,11 +380,11 @@ def _torch_varlen(query, key, value, batch: Packed, scale: float | None, window:
     return varlen_attn(q, k, v, ends, ends, batch.longest, batch.longest, **options)[None]
 
 
-def _flash_varlen(query, key, value, batch: Packed, scale: float | None, window: int | None) -> Tensor:
+def _flash_varlen(query: Tensor, key: Tensor, value: Tensor, mask: DocumentMask, scale: float | None) -> Tensor:
     """The same through the flash-attn package."""
+    batch, sides = mask.batch, (-1, -1) if mask.window is None else (mask.window - 1, 0)
     q, k, v = _rows(query, key, value)
-    ends, sides = batch.boundaries, (-1, -1) if window is None else (window - 1, 0)
-    options = {"causal": True, "softmax_scale": scale, "window_size": sides}
+    ends, options = batch.boundaries, {"causal": True, "softmax_scale": scale, "window_size": sides}
     return _flash_attention()(q, k, v, ends, ends, batch.longest, batch.longest, **options)[None]
 
 

@@ -40,6 +40,7 @@ class TextTask:
     def load(self) -> torch.nn.Module:
         """Load base, tokenizer and rows. Returns the bare model. Raises StudioError with the way out."""
         folder = bases.fetch(self.spec.base)
+        self.info = bases.inspect(self.spec.base)
         self.tokenizer = encode.load_tokenizer(folder, self.spec.base.id)
         self.encoder = encode.Encoder(self.tokenizer, self.spec)
         collected = rows.collect(self.spec)
@@ -58,9 +59,8 @@ class TextTask:
 
     def parts(self, model: torch.nn.Module) -> list[str]:
         """The ends of the names of the layers that get an adapter."""
-        return bases.inspect(self.spec.base).targets(self.spec.method.targets) or list(
-            self.spec.method.targets if self.spec.method.targets != "auto" else linears_of(model)
-        )
+        wanted = self.spec.method.targets
+        return self.info.targets(wanted) or (linears_of(model) if wanted == "auto" else list(wanted))
 
     def prepare(self, model: torch.nn.Module) -> str:
         """Choose between the fast path and the plain one, by trying the fast one on this very model. Returns it in words."""

@@ -39,9 +39,10 @@ def attention_of(kernel, *, groups: int, window: int | None):
     exact = [torch.randn(shape, generator=generator, device="cuda", dtype=torch.float64) for shape in shapes]
     exact = [tensor.bfloat16().double().requires_grad_() for tensor in exact]
     towards = torch.randn(1, tokens, 8, 64, generator=generator, device="cuda").bfloat16()
-    plain = packed.by_document(*exact, lengths=batch.lengths, scale=0.2, window=window)
+    mask = packed.DocumentMask(batch, window)
+    plain = packed.by_document(*exact, mask, 0.2)
     rounded = [tensor.detach().bfloat16().requires_grad_() for tensor in exact]
-    fast = kernel(*rounded, batch, 0.2, window)
+    fast = kernel(*rounded, mask, 0.2)
     assert fast.shape == plain.shape
     expected = [plain, *torch.autograd.grad(plain, exact, towards.double())]
     found = [fast, *torch.autograd.grad(fast, rounded, towards)]
@@ -51,8 +52,8 @@ def attention_of(kernel, *, groups: int, window: int | None):
 @pytest.mark.parametrize("groups", [8, 2])
 @pytest.mark.parametrize("window", [None, 64])
 def test_the_varlen_kernel_is_attention_document_by_document(groups, window):
-    query, value = torch.zeros(1, 8, 4, 64, device="cuda", dtype=torch.bfloat16), None
-    kernel = packed._kernel(query, query if value is None else value, window)
+    query = torch.zeros(1, 8, 4, 64, device="cuda", dtype=torch.bfloat16)
+    kernel = packed._kernel(query, query, window)
     if kernel is None:
         pytest.skip("no varlen kernel here: the loop over documents serves")
     assert max(attention_of(kernel, groups=groups, window=window)) < 0.02
@@ -87,7 +88,7 @@ def test_float32_on_the_gpu_equals_peft():
     mask = torch.tensor([[1] * len(document) + [0] * (longest - len(document)) for document in documents]).cuda()
     plain = model(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
     plain.backward()
-    assert loss.item() == pytest.approx(plain.item(), rel=1e-6)
+    assert loss.item() == pytest.approx(plain.item(), rel=2e-6)
     for name, gradient in ((name, p.grad) for name, p in model.named_parameters() if p.grad is not None):
         assert (found[name] - gradient).norm() <= 2e-5 * gradient.norm(), name
 
@@ -98,16 +99,16 @@ def test_bfloat16_loss_is_that_of_the_plain_model():
 
 
 def test_many_documents_need_no_dense_mask(capsys):
-    """400 documents of 100 tokens: a dense mask of one byte a pair would take 1.6 GB, of bfloat16 twice that."""
+    """1,000 documents of 100 tokens: a dense mask of one byte a pair would take 10 GB, of bfloat16 twice that."""
     model = model_on_gpu()
-    documents = [[(7 * i + j) % 7000 + 5 for j in range(100)] for i in range(400)]
+    documents = [[(7 * i + j) % 7000 + 5 for j in range(100)] for i in range(1000)]
     loss_of(model, documents[:2]).backward()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     loss_of(model, documents).backward()
     torch.cuda.synchronize()
-    peak, tokens = torch.cuda.max_memory_allocated() - before, 400 * 100
+    peak, dense = torch.cuda.max_memory_allocated() - before, (1000 * 100) ** 2
     with capsys.disabled():
-        print(f"\n{tokens} tokens in 400 documents: {peak / 2**20:.0f} MiB, dense mask alone {tokens**2 / 2**20:.0f} MiB")
-    assert peak < tokens**2 / 2
+        print(f"\n1000 documents, 100,000 tokens: peak {peak / 2**20:.0f} MiB; a dense mask alone {dense / 2**20:.0f} MiB")
+    assert peak < dense / 2

@@ -118,7 +118,7 @@ def test_fast_paths_train_as_peft_does(family):
 def test_gemma_keeps_its_own_norms_and_trains_the_same():
     model = gemma("gemma3", sliding_window=4)
     plain, expected = padded_loss(model).item(), gradients(model, padded_loss(model))
-    assert set(fused.install(model)) == {"linear", "shared input"}
+    assert fused.install(model) == {"linear": 14, "shared input": 4}
     found = gradients(model, packed_loss(model))
     assert packed_loss(model).item() == pytest.approx(plain, rel=1e-6)
     assert all((found[name] - gradient).norm() <= 1e-5 * gradient.norm() for name, gradient in expected.items())
@@ -152,6 +152,51 @@ def test_any_choice_of_targets_trains_the_same(targets):
     assert fused.install(model)["linear"] == 2 * len(targets)
     found = gradients(model, packed_loss(model))
     assert all((found[name] - gradient).norm() <= 1e-5 * gradient.norm() for name, gradient in expected.items())
+
+
+class Crossed(torch.nn.Module):
+    """An attention-like parent whose projections do not share their input."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+        self.q_proj, self.k_proj, self.v_proj = (torch.nn.Linear(6, 6) for _ in range(3))
+
+    def forward(self, x, other):
+        if self.how == "another input":
+            return self.q_proj(x) + self.k_proj(other) + self.v_proj(other)
+        if self.how == "a changed input":
+            x = x.clone()
+            q = self.q_proj(x)
+            x.mul_(2)
+            return q + self.k_proj(x) + self.v_proj(x)
+        if self.how == "only one":
+            return self.q_proj(x)
+        if self.how == "another grad mode":
+            with torch.no_grad():
+                q = self.q_proj(x)
+            return q + self.k_proj(x) + self.v_proj(x)
+        return self.v_proj(x) + self.q_proj(x) + self.k_proj(x)
+
+
+@pytest.mark.parametrize("how", ["another input", "a changed input", "only one", "another grad mode", "another order"])
+def test_projections_that_share_no_input_are_still_right(how):
+    torch.manual_seed(0)
+    model = stir(get_peft_model(Crossed(how), LoraConfig(r=2, target_modules=["q_proj", "k_proj", "v_proj"])))
+    x, other = torch.randn(5, 6), torch.randn(5, 6)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def run():
+        with torch.set_grad_enabled(how != "a changed input"):  # autograd itself forbids that one
+            output = model(x, other)
+        slopes = torch.autograd.grad(output.sum(), trained, allow_unused=True) if output.requires_grad else []
+        return [output, *(torch.zeros(()) if slope is None else slope for slope in slopes)]
+
+    expected = run()
+    assert fused.install(model) == {"linear": 3, "shared input": 1}
+    for _ in range(3):
+        for found, exact in zip(run(), expected, strict=True):
+            torch.testing.assert_close(found, exact.expand_as(found), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -300,6 +345,13 @@ def test_self_check_sees_a_wrong_adapter_path(monkeypatch):
 
     monkeypatch.setattr(fused, "_linear_plan", wrong)
     assert fused.self_check(model, DOCUMENTS[:2]) > 1e-5
+
+
+def test_a_model_that_looks_into_its_mask_is_refused(monkeypatch):
+    model = adapted()
+    monkeypatch.setattr(packed, "hidden", lambda model, batch: batch.mask)
+    with pytest.raises(packed.Unsupported, match="cannot run a packed row"):
+        fused.self_check(model, DOCUMENTS[:2])
 
 
 def test_the_benchmark_measures_exact_work():

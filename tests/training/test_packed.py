@@ -206,12 +206,12 @@ def test_logits_are_those_of_each_document_alone():
 
 def test_explicit_attention_is_as_close_as_the_kernel_in_bfloat16():
     generator = torch.Generator().manual_seed(0)
-    lengths = (70, 5, 130)
-    exact = [torch.randn(1, 4, sum(lengths), 16, generator=generator, requires_grad=True) for _ in range(3)]
-    towards = torch.randn(1, sum(lengths), 4, 16, generator=generator)
+    mask = packed.DocumentMask(packed.concatenate([[0] * 70, [0] * 5, [0] * 130], device="cpu"))
+    exact = [torch.randn(1, 4, 205, 16, generator=generator, requires_grad=True) for _ in range(3)]
+    towards = torch.randn(1, 205, 4, 16, generator=generator)
 
     def run(tensors):
-        output = packed.by_document(*tensors, lengths=lengths, scale=None, window=None)
+        output = packed.by_document(*tensors, mask, None)
         return [output, *torch.autograd.grad(output, tensors, towards.to(output.dtype))]
 
     rounded = [tensor.detach().bfloat16().requires_grad_() for tensor in exact]
@@ -231,17 +231,18 @@ def test_every_signature_of_the_varlen_kernel_is_served(monkeypatch):
     batch = packed.concatenate(DOCUMENTS, device="cpu")
     tokens = sum(batch.lengths)
     query, key, value = torch.randn(1, 4, tokens, 8), torch.randn(1, 2, tokens, 8), torch.randn(1, 2, tokens, 8)
-    expected = packed.by_document(query, key, value, lengths=batch.lengths, scale=0.3, window=4)
+    mask = packed.DocumentMask(batch, 4)
+    expected = packed.by_document(query, key, value, mask, 0.3)
     varlen = pytest.importorskip("torch.nn.attention.varlen")
 
     def stand_in(q, k, v, ends, _ends, longest, _longest, *, window_size, scale=None, enable_gqa=False):
         assert enable_gqa or q.shape[1] == k.shape[1]
         assert longest == max(batch.lengths) and ends.tolist() == batch.boundaries.tolist()
         q, k, v = (tensor.transpose(0, 1)[None] for tensor in (q, k, v))
-        return packed.by_document(q, k, v, lengths=batch.lengths, scale=scale, window=window_size[0] + 1)[0]
+        return packed.by_document(q, k, v, packed.DocumentMask(batch, window_size[0] + 1), scale)[0]
 
     monkeypatch.setattr(varlen, "varlen_attn", stand_in)
     for has in ({"window_size"}, {"window_size", "scale"}, {"window_size", "scale", "enable_gqa"}):
         monkeypatch.setattr(packed, "_varlen_parameters", lambda has=has: frozenset(has))
-        found = packed._torch_varlen(query, key, value, batch, 0.3, 4)
+        found = packed._torch_varlen(query, key, value, mask, 0.3)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
