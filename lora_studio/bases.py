@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,9 @@ def inspect(base: Base) -> BaseInfo:
     config = _config(base.id, folder)
     if config.get("auto_map") and not config.get("model_type"):
         raise BaseModelError("base.remote_code", id=base.id)
+    classes = config.get("architectures") or []
+    if classes and not any(re.search(r"(ForCausalLM|LMHeadModel|ForConditionalGeneration)$", name) for name in classes):
+        raise BaseModelError("base.not_causal", id=base.id, model_type=config.get("model_type", classes[0]))
     text = config.get("text_config") or config
     shapes = _shapes(base.id, folder)
     linears = tuple(

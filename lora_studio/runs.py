@@ -20,7 +20,7 @@ from lora_studio.errors import StudioError
 from lora_studio.spec import TrainSpec
 from lora_studio.workspace import Workspace
 
-LIFE = {"queued", "started", "resumed", "done", "stopped", "failed"}
+LIFE = {"queued", "launched", "started", "resumed", "done", "stopped", "failed"}
 ENDED = {"done", "stopped", "failed"}
 PROGRESS = {"step", "eval", "sample", "saved"}
 FLUSH_SECONDS = 0.5
@@ -203,6 +203,8 @@ def status(folder: Path, *, queued: bool = False) -> Status:
 
 def _state(folder: Path, life: dict | None, stepped: bool, queued: bool) -> tuple[str, str]:
     kind = life["kind"] if life else ("started" if stepped else None)
+    if kind == "queued" and queued:
+        return "queued", ""  # though the worker of an earlier attempt may be just about to end
     if kind in ENDED:
         return kind, life.get("reason", "")
     if is_live(folder):
@@ -213,17 +215,20 @@ def _state(folder: Path, life: dict | None, stepped: bool, queued: bool) -> tupl
     again = next((event for event in reversed(_tail(folder)) if event["kind"] in LIFE), None)
     if again and again["kind"] in ENDED:
         return again["kind"], again.get("reason", "")
-    if queued:
-        return "queued", ""
-    if kind is None or kind == "queued":
+    if kind in (None, "queued", "launched"):
         return "failed", "It never started: the process ended before its first word. Its last log line: " + last_line(folder)
     return "failed", str(StudioError("run.vanished", line=last_line(folder)))
 
 
 def ended(folder: Path) -> str | None:
-    """done, stopped or failed when the run's last word says so; None while it has said nothing of an end."""
-    life = next((event for event in reversed(_tail(folder)) if event["kind"] in LIFE), None)
-    return life["kind"] if life and life["kind"] in ENDED else None
+    """How the run's last attempt ended (done, stopped, failed); None while it has not, whether or not it waits again."""
+    kind = next((event["kind"] for event in reversed(_tail(folder)) if event["kind"] in LIFE - {"queued"}), None)
+    return kind if kind in ENDED else None
+
+
+def is_waiting(folder: Path) -> bool:
+    """Whether the last that happened to the run is that it was queued."""
+    return next((event["kind"] for event in reversed(_tail(folder)) if event["kind"] in LIFE), None) == "queued"
 
 
 def is_live(folder: Path) -> bool:

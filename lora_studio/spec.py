@@ -284,10 +284,10 @@ def parse(tree: dict) -> TrainSpec:
 
 
 def to_tree(spec: TrainSpec, *, sparse: bool = False) -> dict:
-    """The spec as nested plain values; sparse leaves out what equals the default (kinds and the version stay)."""
+    """The spec as nested plain values; sparse leaves out what equals the default (version, name, base and kinds stay)."""
     full = spec.model_dump(mode="json")
     if not sparse:
         return full
     slim = spec.model_dump(mode="json", exclude_defaults=True)
     slim.setdefault("task", {})["kind"] = full["task"]["kind"]
-    return {"version": full["version"], **slim}
+    return {"version": full["version"], "name": full["name"], "base": {"id": full["base"]["id"]}, **slim}

@@ -19,7 +19,7 @@ def add(workspace: Workspace, folder: Path, *, device: str) -> None:
     entry = str(folder.relative_to(home()))
     with durable.Lock(home() / "queue.lock"):
         entries = durable.read_json(home() / "queue.json", [])
-        if entry in entries or runs.is_live(folder):
+        if entry in entries or (runs.is_live(folder) and runs.ended(folder) is None):
             return
         runs.set_card(folder, device=device)
         runs.note(folder, "queued", device=device)
@@ -51,7 +51,7 @@ def pump() -> list[str]:
                 continue
             if _start(folder):
                 started.append(folder.name)
-            elif not runs.is_live(folder) and runs.status(folder, queued=True).state == "queued":
+            elif runs.is_waiting(folder):
                 left.append(entry)
         durable.write_json(home() / "queue.json", left)
     return started
@@ -68,6 +68,7 @@ def _start(folder: Path) -> bool:
     try:
         if not run.take(wait=0.05):
             return False
+        runs.note(folder, "launched", device=device)
         local.spawn(folder, device=device, locks=[place, run])
         return True
     except (OSError, StudioError) as error:

@@ -40,8 +40,11 @@ def finish(workspace, id: str, *, seconds: float = 120) -> str:
 
 def wait_for_start(folder: Path) -> None:
     """Return when the attempt that is under way says that it trains (imports and loading take most of a short run)."""
-    from lora_studio import runs
+    from lora_studio import runs, studio
 
+    while not runs.is_live(folder) and runs.ended(folder) is None:
+        studio.pump()  # the run before may hold its device for another moment
+        time.sleep(0.005)
     begun = sum(event["kind"] == "started" for event in runs.read_all(folder))
     while runs.is_live(folder) and sum(event["kind"] == "started" for event in runs.read(folder)[0]) == begun:
         time.sleep(0.005)

@@ -1,6 +1,8 @@
 """The fast paths: each equal to the plain one, reversible, and out of the way where it does not fit."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -209,6 +211,8 @@ def test_checkpointing_over_fast_paths_changes_no_gradient(reentrant):
     found = gradients(model, packed_loss(model))
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-6, atol=1e-7)
+    groups = [module.forward.func for module in model.modules() if "forward" in module.__dict__]
+    assert all(group.members and not group.waiting for group in groups if isinstance(group, fused._Siblings))
 
 
 def test_bfloat16_keeps_float32_masters_and_stays_near():
@@ -320,6 +324,20 @@ def test_saving_and_copying_are_unaffected(tmp_path):
     assert packed_loss(twin).item() != packed_loss(model).item()
     fused.remove(twin)
     assert fused.install(model) == {}
+
+
+def test_kept_memory_is_not_faulted_in_again():
+    """In a process of its own, as a worker is: the request lasts."""
+    code = (
+        "import resource, torch\nfrom lora_studio.training import fused\n"
+        "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "kept = fused.keep_memory()\n"
+        "for turn in range(3):\n    before = faults()\n    [torch.zeros(2**21) for _ in range(8)]\n"
+        "print(int(kept), faults() - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    kept, faults = map(int, done.stdout.split())
+    assert faults < 1000 if kept else not sys.platform.startswith("linux")
 
 
 # The probe
