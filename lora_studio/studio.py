@@ -3,21 +3,19 @@
 import os
 import re
 import shlex
-import shutil
 import time
 import zipfile
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from lora_studio import bases, durable, presets, rows, runs, settings
-from lora_studio.errors import MachineError, Problem, RunError, SpecError, StudioError
+from lora_studio import data, durable, presets, runs, settings
+from lora_studio.errors import RunError, SpecError
 from lora_studio.home import presets_folder
-from lora_studio.jobs import checks, devices, local, queue
-from lora_studio.spec import Base, Source, TrainSpec, parse
+from lora_studio.jobs import devices, local, queue
+from lora_studio.preflight import Report, gigabytes, pinned, preflight, rates, scale, suggest_lr
+from lora_studio.spec import TrainSpec, parse
 from lora_studio.workspace import Workspace
 
-PREVIEW_ROWS = 5
-LIGHT_ROWS = 2000
+__all__ = ["Report", "gigabytes", "pinned", "preflight", "rates", "scale", "suggest_lr"]
 
 
 # ---- specs
@@ -73,192 +71,7 @@ def command(spec: TrainSpec) -> str:
     return " \\\n  ".join(words)
 
 
-# ---- before Start
-
-
-@dataclass
-class Report:
-    """What is known before a run starts: problems with their fields, facts to show, and the first rows."""
-
-    problems: list[Problem] = field(default_factory=list)
-    facts: dict[str, object] = field(default_factory=dict)
-    preview: list[dict] = field(default_factory=list)
-
-    @property
-    def can_start(self) -> bool:
-        return not any(problem.level == "error" for problem in self.problems)
-
-    def add(self, path: str, sentence, level: str = "error") -> None:
-        """Note a problem with a field."""
-        self.problems.append(Problem(path, str(sentence), level))
-
-
-def preflight(workspace: Workspace, spec: TrainSpec, *, deep: bool = False) -> Report:
-    """Everything that can be said before a run starts. `deep` also encodes every row, in a process of its own."""
-    report = Report()
-    info = _check_base(spec, report)
-    _check_data(spec, report)
-    device = _check_device(spec, report)
-    _check_lora_plus(spec, report)
-    if info is not None:
-        _size_up(spec, info, device, report)
-    _check_disk(workspace, report)
-    if deep and report.can_start:
-        _merge_deep(spec, report)
-    return report
-
-
-def _check_base(spec: TrainSpec, report: Report) -> bases.BaseInfo | None:
-    try:
-        info = bases.inspect(spec.base)
-    except StudioError as error:
-        report.add("base.id", error)
-        return None
-    if info.folder is None:
-        size = f" (about {info.parameters * 2 / 1e9:.1f} GB)" if info.parameters else ""
-        report.add("base.id", f"{spec.base.id} will be fetched from the Hub{size} when the run starts.", "note")
-    elif info.linears:
-        found = info.targets(spec.method.targets)
-        if not found:
-            known = sorted({name.rsplit(".", 1)[-1] for name, *_ in info.linears})
-            wanted = ", ".join(spec.method.targets) if spec.method.targets != "auto" else "auto"
-            report.add("method.targets", StudioError("base.targets", id=spec.base.id, targets=wanted, known=", ".join(known)))
-        missing = [] if spec.method.targets == "auto" else [name for name in spec.method.targets if name not in found]
-        if found and missing:
-            report.add("method.targets", f"No layer of {spec.base.id} is called {', '.join(missing)}. Remove it from method.targets.")
-        report.facts["targets"] = found
-    return info
-
-
-def _check_data(spec: TrainSpec, report: Report) -> None:
-    total = 0
-    for index, source in enumerate(spec.data):
-        try:
-            found = rows.collect(spec.model_copy(update={"data": [source]}), limit=LIGHT_ROWS)[0] if _is_here(source) else None
-        except StudioError as error:
-            report.add(f"data.{index}", error)
-            continue
-        if found is None:
-            report.add(f"data.{index}", f"{source.path} will be fetched from the Hub when the run starts.", "note")
-            continue
-        total += len(found.items)
-        report.preview += found.items[: PREVIEW_ROWS - len(report.preview)]
-        report.facts.setdefault("shapes", []).append(found.shape)
-        if found.skipped:
-            report.add(f"data.{index}", f"{source.path}: left out are {found.skipped_in_words()}.", "warning")
-    report.facts["rows"] = total
-
-
-def _is_here(source: Source) -> bool:
-    from lora_studio import data
-
-    return isinstance(data.locate(source.path), Path)
-
-
-def _check_device(spec: TrainSpec, report: Report) -> str:
-    try:
-        device = devices.resolve(spec.compute.device)
-    except MachineError as error:
-        report.add("compute.device", error)
-        device = "cpu"
-    report.facts["device"] = device
-    if spec.optim.kind == "adamw_8bit":
-        import importlib.util
-
-        if importlib.util.find_spec("bitsandbytes") is None:
-            report.add("optim.kind", MachineError("machine.package", name="bitsandbytes", use="optim.kind adamw_8bit"))
-    return device
-
-
-def _check_lora_plus(spec: TrainSpec, report: Report) -> None:
-    """LoRA+ moves the best base rate down; a rate of B far above what trains well is worth a word."""
-    ratio = spec.optim.lora_plus_ratio
-    report.facts["rates"] = rates(spec)
-    if ratio and spec.optim.kind.startswith("adam") and spec.optim.lr * ratio * scale(spec) > 0.1:
-        report.add(
-            "optim.lr",
-            f"With LoRA+ B learns at {spec.optim.lr * ratio:.2g}, which is high for scale {scale(spec):.2g}. "
-            f"Try optim.lr {suggest_lr(spec.optim.lr):.1g}.",
-            "warning",
-        )
-
-
-def rates(spec: TrainSpec) -> dict[str, float]:
-    """The learning rate of each role at its highest."""
-    return {"A": spec.optim.lr, "B": spec.optim.lr * (spec.optim.lora_plus_ratio or 1.0)}
-
-
-def suggest_lr(lr: float) -> float:
-    """The base rate to try when LoRA+ is switched on: best rates were seen to move down about eightfold."""
-    return float(f"{lr / 8:.1g}")
-
-
-def scale(spec: TrainSpec) -> float:
-    """The factor of B·A: alpha / rank, or alpha / sqrt(rank) when rank-stabilised."""
-    method = spec.method
-    return method.alpha / (method.rank**0.5 if method.rslora else method.rank)
-
-
-def _size_up(spec: TrainSpec, info: bases.BaseInfo, device: str, report: Report) -> None:
-    """Trainable parameters from the headers, and memory from a rough formula, to compare with what is free."""
-    if info.linears and report.facts.get("targets"):
-        report.facts["trainable"] = info.trainable(report.facts["targets"], spec.method.rank)
-        top = max(min(rows_, columns) for _, rows_, columns in info.linears)
-        if spec.method.rank > top:
-            report.add("method.rank", f"method.rank is {spec.method.rank}, but no layer has a rank above {top}. Lower it.")
-    if info.parameters is None:
-        return
-    wide = 4 if spec.compute.precision == "fp32" or (spec.compute.precision == "auto" and not device.startswith("cuda")) else 2
-    needed = info.parameters * wide + report.facts.get("trainable", 0) * 16
-    if info.layers and info.hidden and info.intermediate:
-        tokens = spec.schedule.batch_size * spec.task.max_length
-        kept = 2 * info.hidden if spec.compute.checkpointing else 16 * info.hidden + 6 * info.intermediate
-        report.facts["memory_rows_full"] = int(needed + tokens * info.layers * kept * wide)
-    report.facts["memory"] = int(needed)
-    free = checks.free_memory(device)
-    if free is not None and needed > free:
-        report.add(
-            "base.id",
-            f"{spec.base.id} needs about {gigabytes(needed)} and {device} has {gigabytes(free)} free. "
-            "Choose a smaller base, or compute.precision bf16.",
-            "warning",
-        )
-
-
-def _check_disk(workspace: Workspace, report: Report) -> None:
-    needed = 200 * 1024**2 + 5 * 12 * report.facts.get("trainable", 0)
-    free = shutil.disk_usage(workspace.root).free
-    if free < needed:
-        report.add("", MachineError("machine.disk", path=workspace.root, free=gigabytes(free), needed=gigabytes(needed)))
-    if not os.access(workspace.root, os.W_OK):
-        report.add("", MachineError("machine.write", path=workspace.root, reason="permission denied"))
-
-
-def _merge_deep(spec: TrainSpec, report: Report) -> None:
-    answer = checks.encode_all(pinned(spec))
-    report.facts.update(answer.get("facts", {}))
-    report.problems += [Problem(**item) for item in answer.get("problems", [])]
-
-
-def gigabytes(count: float) -> str:
-    """A number of bytes in words."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
-
-
 # ---- runs
-
-
-def pinned(spec: TrainSpec) -> TrainSpec:
-    """The spec with local paths made absolute, so that a worker finds them wherever it runs."""
-    sources = []
-    for source in spec.data:
-        here = Path(source.path).expanduser()
-        bundled = source.path.startswith("demo/") and (presets_folder() / f"{source.path}.jsonl").is_file()
-        sources.append(source.model_copy(update={"path": str(here.absolute())}) if here.exists() and not bundled else source)
-    base, folder = spec.base, Path(spec.base.id).expanduser()
-    if folder.is_dir() and not spec.base.id.startswith("demo-"):
-        base = Base(id=str(folder.absolute()))
-    return spec.model_copy(update={"data": sources, "base": base})
 
 
 def start(workspace: Workspace, spec: TrainSpec) -> str:
@@ -412,8 +225,6 @@ def data_choices(workspace: Workspace) -> list[tuple[str, str]]:
 
 def upload(workspace: Workspace, file: Path, name: str) -> str:
     """Keep an uploaded file under its own name in the workspace. Returns the path for a source. Raises DataError."""
-    from lora_studio import data
-
     safe = re.sub(r"[^\w.-]+", "-", Path(name).name).lstrip(".-") or "data"
     target = workspace.data / safe
     data.files_of(Path(file).with_name(safe) if Path(safe).suffix else Path(safe))

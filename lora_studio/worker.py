@@ -5,6 +5,7 @@ even a worker killed for memory leaves a sentence behind and the queue moves on.
 `--check` reads a spec from its input and says what its rows look like as tokens.
 """
 
+import errno
 import json
 import os
 import signal
@@ -46,7 +47,7 @@ def keep(folder: Path, handles: list[int]) -> int:
     for handle in handles:
         os.set_inheritable(handle, True)
     child = subprocess.Popen(
-        [*_launcher(), "-m", "lora_studio.worker", "--inside", str(folder)], stdin=subprocess.DEVNULL, pass_fds=handles
+        [sys.executable, "-u", "-m", "lora_studio.worker", "--inside", str(folder)], stdin=subprocess.DEVNULL, pass_fds=handles
     )
     while child.poll() is None:
         time.sleep(LOOK_SECONDS)
@@ -63,14 +64,6 @@ def keep(folder: Path, handles: list[int]) -> int:
     runs.answered(folder, "stop")
     _pump_next(handles)
     return 0 if child.returncode == 0 else 1
-
-
-def _launcher() -> list[str]:
-    """What starts the working process; several processes go through accelerate."""
-    count = os.environ.get("LORA_STUDIO_PROCESSES", "1")
-    if count == "1":
-        return [sys.executable, "-u"]
-    return [sys.executable, "-u", "-m", "accelerate.commands.launch", "--num_processes", count]
 
 
 def _pump_next(handles: list[int]) -> None:
@@ -128,6 +121,13 @@ def work(folder: Path) -> int:
         except StudioError as error:
             print(f"error: {error}", flush=True)
             events.emit("failed", reason=str(error), key=error.key)
+            return 1
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            reason = f"The disk is full: {error.filename or folder} could not be written. Free some space, then resume; the last whole checkpoint is kept."
+            print(f"error: {reason}", flush=True)
+            events.emit("failed", reason=reason, key="disk full")
             return 1
         # Anything else is a bug: its traceback goes to the log, and the keeper reports the last line.
 

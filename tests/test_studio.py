@@ -4,7 +4,7 @@ import zipfile
 
 import pytest
 
-from lora_studio import durable, presets, runs, studio
+from lora_studio import durable, preflight, presets, runs, studio
 from lora_studio.errors import DataError, RunError
 from lora_studio.spec import parse
 from tests import tiny
@@ -48,8 +48,8 @@ def test_a_hub_base_is_named_as_one_that_will_be_fetched(workspace, chat_rows):
 
 
 def test_no_disk_is_said_before_the_start(workspace, base, chat_rows, monkeypatch):
-    usage = studio.shutil.disk_usage(workspace.root)
-    monkeypatch.setattr(studio.shutil, "disk_usage", lambda path: usage._replace(free=10_000_000))
+    usage = preflight.shutil.disk_usage(workspace.root)
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage._replace(free=10_000_000))
     report = studio.preflight(workspace, parse(tiny.tree(base, chat_rows)))
     assert not report.can_start and "has 10 MB free, and this needs about" in report.problems[-1].sentence
 

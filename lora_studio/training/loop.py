@@ -121,7 +121,9 @@ class Trainer:
         rates = optim.set_rates(self.optimizer, factor)
         try:
             loss, units = self._gradients(batches, step)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             raise MachineError("machine.memory", device=_device_of(self.model), step=step + 1, advice=self._advice()) from error
         if loss is None:
             return self._stop()
@@ -297,6 +299,11 @@ class Trainer:
 
 def _device_of(model: torch.nn.Module) -> str:
     return str(next(model.parameters()).device)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch ran out of memory, on a GPU or in its allocator for the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def memory_used(device: str) -> int:

@@ -113,43 +113,33 @@ def hidden(model: nn.Module, batch: Packed) -> Tensor:
     return output.last_hidden_state[0]
 
 
-def logits(model: nn.Module, batch: Packed) -> Tensor:
-    """Scores (T, vocabulary) of the whole model, with whatever its head does (bias, softcap, scaling)."""
-    inner = causal(model)
-    entered = contextlib.nullcontext() if _switched(backbone(model)) else attention(model)
-    token = _current.set(batch)
-    try:
-        with entered:
-            return inner(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits[0]
-    finally:
-        _current.reset(token)
-
-
 @contextlib.contextmanager
 def attention(model: nn.Module) -> Iterator[None]:
-    """Inside, `hidden` and `logits` attend document by document. Unsupported if this model cannot.
+    """Inside, `hidden` attends document by document. Unsupported if this model cannot.
 
     Leaving restores the model's own attention; a backward pass may run after leaving, also with checkpointing.
     """
-    refuse(model)
-    configs = _configs(model)
-    with _switch(configs), _checkpoints(model, configs):
+    modules = _modules(model)
+    configs = _configs(modules)
+    _refuse(model, configs)
+    with _switch(configs), _checkpoints(modules, configs):
         yield
 
 
 def refuse(model: nn.Module) -> None:
     """Raise Unsupported for what is known beforehand to mix documents or to need more than causal attention."""
+    _refuse(model, _configs(_modules(model)))
+
+
+def _refuse(model: nn.Module, configs: list[PreTrainedConfig]) -> None:
     inner, body = causal(model), backbone(model)
     name = type(inner).__name__
     for peft_config in getattr(model, "peft_config", {}).values():
         if getattr(peft_config, "is_prompt_learning", False) or getattr(peft_config, "alora_invocation_tokens", None):
             raise Unsupported(f"{peft_config.peft_type} adapters act on whole padded rows")
-    can_set = getattr(type(body), "_can_set_attn_implementation", None)
-    if not getattr(body, "_supports_attention_backend", False) or (can_set and not can_set()):
-        raise Unsupported(f"{name} does not take attention from transformers' registry")
     if getattr(inner, "_is_stateful", False):
         raise Unsupported(f"{name} carries a recurrent state from one document into the next")
-    for config in _configs(body):
+    for config in configs:
         other = set(getattr(config, "layer_types", None) or ()) - LAYERS
         if other:
             raise Unsupported(f"{name} has layers of kind {', '.join(sorted(other))}")
@@ -159,11 +149,20 @@ def refuse(model: nn.Module) -> None:
             raise Unsupported(f"{name} attends in chunks")
         if model.training and any(getattr(config, key, None) for key in ("attention_dropout", "attn_pdrop")):
             raise Unsupported(f"{name} has attention dropout")
+    can_set = getattr(type(body), "_can_set_attn_implementation", None)
+    if not getattr(body, "_supports_attention_backend", False) or (can_set and not can_set()):
+        raise Unsupported(f"{name} does not take attention from transformers' registry")
 
 
-def _configs(model: nn.Module) -> list[PreTrainedConfig]:
-    """Every distinct configuration the modules of `model` look into."""
-    found = (getattr(module, "config", None) for module in model.modules())
+def _modules(model: nn.Module) -> list[nn.Module]:
+    """The language model and all of its backbone: one walk, which in a deep adapted model takes milliseconds."""
+    return [causal(model), *backbone(model).modules()]
+
+
+def _configs(modules: list[nn.Module]) -> list[PreTrainedConfig]:
+    """Every distinct configuration these modules look into."""
+    # By __dict__: a missing attribute of a module is slow to miss.
+    found = (module.__dict__.get("config") for module in modules)
     return list({id(config): config for config in found if isinstance(config, PreTrainedConfig)}.values())
 
 
@@ -185,7 +184,7 @@ def _switch(configs: list[PreTrainedConfig]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _checkpoints(model: nn.Module, configs: list[PreTrainedConfig]) -> Iterator[None]:
+def _checkpoints(modules: list[nn.Module], configs: list[PreTrainedConfig]) -> Iterator[None]:
     """Make checkpointed layers recompute under the same attention, whenever backward comes."""
 
     def recomputing(original, function, *args):
@@ -195,8 +194,8 @@ def _checkpoints(model: nn.Module, configs: list[PreTrainedConfig]) -> Iterator[
 
         return original(run, *args)
 
-    layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
-    layers = [layer for layer in layers if hasattr(layer, "_gradient_checkpointing_func")]
+    layers = [module for module in modules if module.__dict__.get("gradient_checkpointing")]
+    layers = [layer for layer in layers if "_gradient_checkpointing_func" in layer.__dict__]
     before = [layer._gradient_checkpointing_func for layer in layers]
     try:
         for layer, original in zip(layers, before, strict=True):
@@ -211,7 +210,7 @@ def _mask(*args, attention_mask: Tensor | None = None, local_size: int | None = 
     """The mask function of the registry: builds nothing, says which documents there are."""
     batch = _current.get()
     if batch is None:
-        raise Unsupported("a packed batch goes through packed.hidden or packed.logits")
+        raise Unsupported("a packed batch goes through packed.hidden")
     if attention_mask is not None or rest.get("use_vmap") or rest.get("allow_is_bidirectional_skip"):
         raise Unsupported("this model asks for more than a causal mask")
     return DocumentMask(batch, local_size)

@@ -189,6 +189,28 @@ def test_bases_that_cannot_be_used_are_named(workspace, chat_rows, tmp_path):
             train(run_of(workspace, tiny.tree(folder, chat_rows)))
 
 
+def test_a_full_disk_fails_in_a_sentence_and_the_run_goes_on_later(workspace, base, chat_rows, monkeypatch):
+    import errno
+
+    from lora_studio import worker
+
+    tree = tiny.tree(base, chat_rows)
+    whole, cut = run_of(workspace, tree), run_of(workspace, tree)
+    train(whole)
+    publish, count = durable.publish_folder, []
+
+    def full(target, files):
+        count.append(target)
+        if len(count) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device", str(target))
+        publish(target, files)
+
+    monkeypatch.setattr(durable, "publish_folder", full)
+    assert worker.work(cut) == 1
+    assert "The disk is full" in runs.status(cut).reason
+    assert worker.work(cut) == 0 and adapter_bytes(cut) == adapter_bytes(whole)
+
+
 def test_two_sources_are_mixed_by_weight(workspace, base, chat_rows):
     tree = {**tiny.tree(base, chat_rows), "data": [{"path": str(chat_rows)}, {"path": str(chat_rows), "cap": 10, "weight": 3.0}], "schedule": {"epochs": 1, "batch_size": 4}}
     events = train(run_of(workspace, {**tree, "validation": {"size": 0}, "output": {}}))

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lora_studio.errors import TrainingError
+from lora_studio.errors import MachineError, TrainingError
 from lora_studio.spec import parse, to_tree
 from lora_studio.training import checkpoint, loop
 from lora_studio.training.methods import Method
@@ -205,3 +205,15 @@ def test_checkpoints_and_samples_come_when_asked_for(tmp_path):
     made.run()
     assert made.desk.of("saved")[0]["step"] == 1 and made.desk.requests == {}
     assert [fields["step"] for fields in made.desk.of("sample")] == [0, 1, 20]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")])
+def test_running_out_of_memory_says_what_to_change(tmp_path, error):
+    made = trainer(tmp_path)
+
+    def fail(model, batch):
+        raise error
+
+    made.task.loss = fail
+    with pytest.raises(MachineError, match=r"ran out of memory at step 1. Set schedule.batch_size to 2 and schedule.accumulate to 4"):
+        made.run()

@@ -196,12 +196,12 @@ def test_a_plain_forward_inside_is_refused_rather_than_mixed():
         padded_loss(model)
 
 
-def test_logits_are_those_of_each_document_alone():
+def test_hidden_states_are_those_of_each_document_alone():
     model = adapted().eval()
     batch = packed.concatenate(DOCUMENTS, device="cpu")
     with torch.no_grad():
-        alone = [model(input_ids=torch.tensor([document])).logits[0] for document in DOCUMENTS]
-        torch.testing.assert_close(packed.logits(model, batch), torch.cat(alone), rtol=1e-5, atol=1e-6)
+        alone = [packed.backbone(model)(torch.tensor([document])).last_hidden_state[0] for document in DOCUMENTS]
+        torch.testing.assert_close(packed.hidden(model, batch), torch.cat(alone), rtol=1e-5, atol=1e-6)
 
 
 def test_explicit_attention_is_as_close_as_the_kernel_in_bfloat16():
