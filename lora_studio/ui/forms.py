@@ -1,0 +1,117 @@
+"""The form of a spec: one widget for every setting, made from the spec's own fields, handed over as one dict."""
+
+from collections.abc import Iterable
+
+import gradio as gr
+import yaml
+
+from lora_studio import families, settings
+from lora_studio.settings import Leaf
+
+# What a newcomer needs stands in front; all else is behind "Advanced", by group.
+BASIC = (
+    "name", "base.id", "task.kind", "method.rank", "method.alpha", "optim.lr", "optim.lora_plus_ratio", "schedule.epochs",
+    "schedule.steps", "schedule.batch_size", "output.sample_prompts",
+)  # fmt: skip
+GROUPS = {
+    "base": "Base model",
+    "task": "Rows and chat template",
+    "data": "Sources",
+    "validation": "Validation",
+    "method": "Adapter",
+    "optim": "Optimizer",
+    "schedule": "Schedule",
+    "compute": "Compute",
+    "output": "Checkpoints and samples",
+}
+LABELS = {
+    "base.id": "Base model", "task.kind": "Rows are", "optim.lr": "Learning rate", "optim.lora_plus_ratio": "LoRA+ ratio",
+    "method.alpha": "Alpha", "output.sample_prompts": "Sample prompts (one a line)", "method.rslora": "Rank-stabilised (rsLoRA)",
+    "data": "Sources as YAML",
+}  # fmt: skip
+
+Form = dict[str, gr.components.Component]
+
+
+def leaf(path: str) -> Leaf:
+    """The setting of that path."""
+    return next(found for found in settings.leaves() if found.path == path)
+
+
+def label(found: Leaf) -> str:
+    """What stands above a widget."""
+    return LABELS.get(found.path) or found.label.capitalize()
+
+
+def widget(path: str) -> gr.components.Component:
+    """The widget of a setting, holding its default."""
+    found = leaf(path)
+    common = {"label": label(found), "info": found.help, "interactive": True, "elem_id": "field-" + path.replace(".", "-")}
+    value = show(found, found.default)
+    if path == "base.id":
+        return gr.Dropdown(families.known_bases(), value=value, allow_custom_value=True, **common)
+    if path == "data":
+        return gr.Textbox(value, lines=3, max_lines=12, elem_classes="mono", **common)
+    if found.choices:
+        return gr.Dropdown(list(found.choices), value=value, **common) if len(found.choices) > 1 else gr.Textbox(value, **{**common, "interactive": False})
+    if found.type is bool:
+        return gr.Checkbox(value, **common)
+    if found.type == list[str]:
+        return gr.Textbox(value, lines=2, max_lines=8, **common)
+    hint = "automatic" if found.optional and "null" in found.help else ("none" if found.optional else None)
+    return gr.Textbox(value, placeholder=hint, max_lines=1, **common)
+
+
+def show(found: Leaf, value):
+    """A setting's value as its widget shows it. Numbers are text, so that `2e-4` can be typed and nothing is rounded."""
+    if found.path == "data":
+        return yaml.safe_dump(value, sort_keys=False, allow_unicode=True).strip() if value else ""
+    if found.type is bool or found.choices:
+        return value
+    if isinstance(value, list):
+        return ", ".join(value) if found.path == "method.targets" else "\n".join(value)
+    if isinstance(value, float):
+        return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+    return "" if value is None else str(value)
+
+
+def read(found: Leaf, shown):
+    """What a widget holds as a setting's value; the spec judges it."""
+    if found.path == "data":
+        return settings.read_yaml(shown, "Sources") if (shown or "").strip() else []
+    if found.type is bool or found.choices:
+        return shown
+    text = (shown or "").strip() if isinstance(shown, str | None) else str(shown)
+    if found.type == list[str]:
+        return [line.strip() for line in text.splitlines() if line.strip()]
+    if found.path == "method.targets":
+        return "auto" if text in ("", "auto") else [name.strip() for name in text.strip("[]").split(",") if name.strip()]
+    if found.path == "name":
+        return shown or ""
+    return None if text == "" and (found.optional or found.type is not str) else text
+
+
+def collect(form: Form, given: dict) -> dict[str, object]:
+    """The settings that a form's widgets hold, by path. Raises SpecError when the sources are not YAML."""
+    return {path: read(leaf(path), given[component]) for path, component in form.items()}
+
+
+def fill(form: Form, values: dict[str, object], *, only: Iterable[str] | None = None) -> dict:
+    """Updates that put settings into a form's widgets."""
+    wanted = set(values if only is None else only)
+    return {component: show(leaf(path), values[path]) for path, component in form.items() if path in wanted}
+
+
+def advanced() -> Form:
+    """The widgets of every setting that is not basic, in one closed accordion a group."""
+    form: Form = {}
+    for group, title in GROUPS.items():
+        paths = [found.path for found in settings.leaves() if found.group == group and found.path not in BASIC]
+        if not paths:
+            continue
+        with gr.Accordion(title, open=False):
+            for start in range(0, len(paths), 2):
+                with gr.Row():
+                    for path in paths[start : start + 2]:
+                        form[path] = widget(path)
+    return form

@@ -1,0 +1,252 @@
+"""The Runs page: what runs, what ran, and what came of it. All of it is read from the run folders."""
+
+import time
+
+import gradio as gr
+
+from lora_studio import runs, settings, studio
+from lora_studio.errors import StudioError
+from lora_studio.ui import theme
+from lora_studio.ui.chart import Curves, LiveChart
+from lora_studio.workspace import Workspace
+
+SYMBOLS = {"queued": "…", "starting": "◌", "running": "●", "stopping": "◍", "done": "✓", "stopped": "■", "failed": "✗"}
+LIST = """<div class="runs" role="listbox" aria-label="Runs">{{#each value}}
+<button type="button" role="option" class="run {{state}}" data-id="{{id}}" aria-selected="{{chosen}}">
+<span class="state" aria-hidden="true">{{symbol}}</span><span class="what"><b>{{name}}</b><small>{{detail}}</small></span><span class="loss">{{loss}}</span></button>
+{{/each}}{{#unless value}}<p class="none">There are no runs yet. Start one on the Train page.</p>{{/unless}}</div>"""
+LIST_CSS = """
+.runs{display:flex;flex-direction:column;gap:7px;max-height:640px;overflow-y:auto;padding:2px}
+.run{display:flex;gap:10px;align-items:center;text-align:left;font:inherit;cursor:pointer;padding:8px 11px;border-radius:9px;border:1px solid var(--border-color-primary);background:var(--background-fill-primary);color:var(--body-text-color)}
+.run:hover{border-color:var(--color-accent)}.run[aria-selected=true]{border-color:var(--color-accent);box-shadow:0 0 0 1px var(--color-accent)}
+.what{min-width:0;flex:1}.what b{display:block;font-size:14px;white-space:nowrap;overflow:hidden;text-overflow:ellipsis}
+.what small{font-size:12px;color:var(--body-text-color-subdued)}.loss{font-size:13px;color:var(--body-text-color-subdued)}
+.state{width:1.1em;text-align:center}.running .state,.starting .state,.stopping .state{color:var(--color-accent)}.done .state{color:#15803d}.failed .state{color:#b91c1c}
+.dark .done .state{color:#4ade80}.dark .failed .state{color:#fca5a5}.none{color:var(--body-text-color-subdued)}
+"""
+LIST_SCRIPT = """
+element.addEventListener('click', event => { const run = event.target.closest('.run'); if(run) trigger('pick', {id: run.dataset.id}); });
+"""
+SAMPLES = """{{#if value}}<table class="samples"><thead><tr><th scope="col">step</th><th scope="col">prompt</th><th scope="col">answer</th></tr></thead><tbody>
+{{#each value}}<tr><td>{{step}}</td><td>{{prompt}}</td><td>{{answer}}</td></tr>{{/each}}</tbody></table>{{/if}}"""
+SAMPLES_CSS = """
+.samples{width:100%;border-collapse:collapse;font-size:13px;color:var(--body-text-color)}.samples th{font-weight:400;text-align:left;color:var(--body-text-color-subdued);font-size:12px}
+.samples td,.samples th{padding:5px 8px;border-bottom:1px solid var(--border-color-primary);vertical-align:top;overflow-wrap:anywhere}.samples td:first-child{white-space:nowrap}
+"""
+QUIET = {"show_progress": "hidden", "api_visibility": "private"}
+LOG_BYTES = 16 * 1024
+
+
+class Runs:
+    """The page's parts, and what they do."""
+
+    def __init__(self, workspace: Workspace):
+        self.workspace = workspace
+
+    # ---- layout
+
+    def build(self) -> None:
+        """Lay the page out inside the current tab."""
+        gr.Markdown("## Runs")
+        self.chosen = gr.State(None)
+        self.asking = gr.State(False)
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=2, min_width=280):
+                self.list = gr.HTML([], html_template=LIST, css_template=LIST_CSS, js_on_load=LIST_SCRIPT, elem_classes="flush", elem_id="runs")
+            with gr.Column(scale=4, min_width=320):
+                self._detail()
+        self.timer = gr.Timer(2, active=False)
+
+    def _detail(self) -> None:
+        self.tiles = theme.tiles(elem_id="run-tiles")
+        self.chart = LiveChart(None, curves=Curves(self.workspace), container=True, padding=True, elem_id="chart")
+        with gr.Row():
+            self.stop = gr.Button("Stop", variant="stop", interactive=False)
+            self.resume = gr.Button("Resume", interactive=False)
+            self.again = gr.Button("Use these settings again", interactive=False)
+            self.download = gr.DownloadButton("Download adapter", interactive=False)
+        with gr.Group(visible=False, elem_id="stop-box") as self.box:
+            self.question = gr.Markdown("")
+            with gr.Row():
+                self.save = gr.Button("Stop and save", variant="primary")
+                self.discard = gr.Button("Stop without saving", variant="stop")
+                self.go_on = gr.Button("Keep going")
+        self.notes = theme.sentences(elem_id="notes")
+        self.samples = gr.HTML([], html_template=SAMPLES, css_template=SAMPLES_CSS, elem_classes="flush", elem_id="samples")
+        self.log = gr.Textbox("", label="Log", lines=8, max_lines=14, interactive=False, autoscroll=True, buttons=["copy"], elem_classes="mono", elem_id="log")
+        with gr.Accordion("Settings of this run", open=False):
+            self.command = gr.Code("", language="shell", label="The same on the command line", interactive=False)
+            self.yaml = gr.Code("", language="yaml", label="The spec", interactive=False)
+
+    # ---- wiring
+
+    @property
+    def shown(self) -> list:
+        """What changes while a run goes on."""
+        return [self.list, self.tiles, self.notes, self.samples, self.log, self.stop, self.resume, self.again, self.download, self.box]
+
+    @property
+    def opened(self) -> list:
+        """What showing another run fills."""
+        return [self.chosen, self.chart, self.command, self.yaml, self.asking, *self.shown]
+
+    def connect(self, train, tabs) -> None:
+        """Let the parts act."""
+        self.list.pick(self.pick, None, self.opened, **QUIET)
+        self.timer.tick(self.refresh, [self.chosen, self.asking], self.shown, queue=False, **QUIET)
+        self.stop.click(self.ask, self.chosen, [self.asking, self.box, self.question], **QUIET)
+        for button, save in ((self.save, True), (self.discard, False)):
+            button.click(self.end_saving if save else self.end_discarding, self.chosen, [self.asking, self.box], api_visibility="private", show_progress="hidden")
+        self.go_on.click(self.keep_going, self.chosen, [self.asking, self.box], **QUIET)
+        self.resume.click(self.go, self.chosen, None, **QUIET).then(self.refresh, [self.chosen, self.asking], self.shown, **QUIET)
+        self.again.click(self.reuse, self.chosen, [*train.form.values(), train.data, train.plus, tabs], **QUIET)
+        self.train = train
+
+    def open(self, id: str | None) -> list:
+        """Everything about one run; without an id, about the newest."""
+        found = studio.list_runs(self.workspace)
+        known = {status.id for status in found}
+        id = id if id in known else (found[0].id if found else None)
+        command = yaml = ""
+        if id:
+            try:
+                spec = studio.spec_of(self.workspace, id)
+                command, yaml = studio.command(spec), settings.dumps(spec, sparse=True)
+            except StudioError as error:
+                yaml = f"# {error}"
+        return [id, id, command, yaml, False, *self.refresh(id, False)]
+
+    def pick(self, event: gr.EventData) -> list:
+        """The run that was clicked."""
+        return self.open(str(event.id))
+
+    def refresh(self, id: str | None, asking: bool) -> list:
+        """The list, and what the chosen run does now."""
+        found = studio.list_runs(self.workspace)
+        listed = [entry(status, id) for status in found]
+        status = next((status for status in found if status.id == id), None)
+        if status is None:
+            return [listed, [], [], [], "", *[gr.update(interactive=False)] * 4, gr.update(visible=False)]
+        events = studio.events(self.workspace, status.id)
+        live = status.is_live or status.state == "queued"
+        ready = next((event for event in reversed(events) if event["kind"] == "saved" and event["what"].startswith("adapter")), None)
+        return [
+            listed,
+            tiles_of(status, events),
+            notes_of(status, events),
+            samples_of(events),
+            studio.log(self.workspace, status.id, LOG_BYTES),
+            gr.update(interactive=live),
+            gr.update(interactive=status.state in ("stopped", "failed")),
+            gr.update(interactive=True),
+            gr.update(interactive=ready is not None, value=self.archive(status.id) if ready and not live else None),
+            gr.update(visible=bool(asking and live)),
+        ]
+
+    def archive(self, id: str) -> str | None:
+        """The adapter as a .zip, for the download button."""
+        try:
+            return str(studio.adapter_archive(self.workspace, id))
+        except StudioError:
+            return None
+
+    # ---- what the buttons do
+
+    def ask(self, id: str):
+        """Ask how to stop; the run goes on meanwhile."""
+        status = studio.show(self.workspace, id)
+        return True, gr.update(visible=True), f"Stop **{plain(status.name)}** at step {status.step} of {status.steps}? The run goes on until you choose."
+
+    def end_saving(self, id: str):
+        return self.end(id, save=True)
+
+    def end_discarding(self, id: str):
+        return self.end(id, save=False)
+
+    def end(self, id: str, *, save: bool):
+        """Ask the run to stop."""
+        try:
+            gr.Info(studio.stop(self.workspace, id, save=save))
+        except StudioError as error:
+            gr.Warning(str(error))
+        return False, gr.update(visible=False)
+
+    def keep_going(self, id: str):
+        """Take the question away, and a request to stop that was not acted on yet."""
+        studio.keep_going(self.workspace, id)
+        return False, gr.update(visible=False)
+
+    def go(self, id: str) -> None:
+        """Go on with the run."""
+        try:
+            studio.resume(self.workspace, id)
+            gr.Success("It goes on from its newest whole checkpoint.")
+        except StudioError as error:
+            gr.Warning(str(error))
+
+    def reuse(self, id: str):
+        """The Train form with this run's settings."""
+        return [*self.train.put(studio.values_of(studio.spec_of(self.workspace, id))), gr.Tabs(selected="train")]
+
+
+def entry(status: runs.Status, chosen: str | None) -> dict:
+    """A run in the list."""
+    share = f"{100 * status.step // status.steps} %" if status.steps else ""
+    detail = " · ".join(part for part in (status.state, share if status.is_live else "", time.strftime("%d %b %H:%M", time.localtime(status.created))) if part)
+    loss = "" if status.loss is None else f"{status.loss:.3f}"
+    return {"id": status.id, "name": status.name, "state": status.state, "symbol": SYMBOLS.get(status.state, "?"), "detail": detail, "loss": loss, "chosen": "true" if status.id == chosen else "false"}
+
+
+def tiles_of(status: runs.Status, events: list[dict]) -> list[dict]:
+    """The numbers of a run."""
+    step = status.step_event or {}
+    judged = [event["loss"] for event in events if event["kind"] == "eval"]
+    found = [
+        ("state", status.state),
+        ("step", f"{status.step} / {status.steps}" if status.steps else None),
+        ("loss", f"{status.loss:.4f}" if status.loss is not None else None),
+        ("validation, best", f"{min(judged):.4f}" if judged else None),
+        ("time left", duration(status.seconds_left) if status.seconds_left is not None else None),
+        ("learnt tokens/s", f"{step['tokens_per_second']:,.0f}" if step else None),
+        ("rate of A", f"{step['lr_A']:.2g}" if "lr_A" in step else None),
+        ("rate of B", f"{step['lr_B']:.2g}" if "lr_B" in step else None),
+        ("gradient norm", f"{step['grad_norm']:.3g}" if step else None),
+        ("memory", studio.gigabytes(step["memory"]) if step else None),
+    ]
+    return [{"label": label, "value": value} for label, value in found if value]
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def notes_of(status: runs.Status, events: list[dict]) -> list[dict]:
+    """What the run said in words: how it began, what it restored, how it ended."""
+    told = []
+    for event in events:
+        if event["kind"] == "started":
+            told.append(theme.said("note", f"Training on {event['device']} in {event['precision']}: {event['fast']}. Adapter on {', '.join(event['targets'])}."))
+        elif event["kind"] in ("note", "resumed"):
+            told.append(theme.said("note", event.get("text") or event.get("words") or ""))
+    if status.state == "failed":
+        told.append(theme.said("error", status.reason))
+    elif status.state in ("done", "stopped"):
+        last = next((event for event in reversed(events) if event["kind"] == status.state), {})
+        at = f"The adapter is that of step {last['adapter_step']}." if "adapter_step" in last else ""
+        told.append(theme.said("ok", f"{status.reason} {at}".strip() or "Done."))
+    return told[-8:]
+
+
+def samples_of(events: list[dict]) -> list[dict]:
+    """Sample answers, those of one prompt together, oldest first."""
+    found = [event for event in events if event["kind"] == "sample"]
+    prompts = list(dict.fromkeys(event["prompt"] for event in found))
+    return [{"step": event["step"], "prompt": event["prompt"], "answer": event["answer"]} for prompt in prompts for event in found if event["prompt"] == prompt]
+
+
+def plain(text: str) -> str:
+    """A name inside Markdown, with nothing that Markdown or HTML would act on."""
+    return "".join(letter if letter.isalnum() or letter in " .,-_" else " " for letter in text)

@@ -1,0 +1,233 @@
+"""The Train page: a form from the spec, what will happen and what stands in the way, and one button."""
+
+import json
+
+import gradio as gr
+
+from lora_studio import presets, settings, studio
+from lora_studio.errors import SpecError, StudioError
+from lora_studio.spec import TrainSpec
+from lora_studio.ui import forms, theme
+from lora_studio.workspace import Workspace
+
+PREVIEW = """<div class="preview">{{#each value}}<article>{{#each turns}}<p><b>{{who}}</b> {{text}}</p>{{/each}}</article>{{/each}}</div>"""
+PREVIEW_CSS = """
+.preview{display:flex;flex-direction:column;gap:8px}
+.preview article{border:1px solid var(--border-color-primary);border-radius:8px;padding:7px 11px;background:var(--background-fill-primary)}
+.preview p{margin:2px 0;font-size:13px;line-height:1.4;color:var(--body-text-color);overflow-wrap:anywhere}
+.preview b{font-size:11px;color:var(--body-text-color-subdued);font-weight:400;display:inline-block;min-width:62px}
+"""
+QUIET = {"show_progress": "hidden", "api_visibility": "private"}
+
+
+class Train:
+    """The page's parts, and what they do."""
+
+    def __init__(self, workspace: Workspace):
+        self.workspace = workspace
+        self.first = presets.available()[0].name if presets.available() else None
+
+    # ---- layout
+
+    def build(self) -> None:
+        """Lay the page out inside the current tab."""
+        gr.Markdown("## Train an adapter\nPick a preset and your rows; the preset fills in the rest.")
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=3, min_width=320):
+                self.form = self._left()
+            with gr.Column(scale=2, min_width=300):
+                self._right()
+        self.inputs = set(self.form.values())
+        self.started = gr.State(None)
+
+    def _left(self) -> forms.Form:
+        form: forms.Form = {}
+        self.preset = gr.Dropdown([preset.name for preset in presets.available()], value=None, label="Preset", info="Fills the form. The demos train on any CPU in under a minute.", interactive=True)
+        with gr.Row():
+            form["name"], form["base.id"] = forms.widget("name"), forms.widget("base.id")
+        with gr.Row(equal_height=True):
+            self.data = gr.Dropdown(studio.data_choices(self.workspace), value=[], multiselect=True, allow_custom_value=True, label="Rows to train on", info="Pick, or type a path or a Hub data set.", interactive=True, scale=4)
+            self.upload = gr.UploadButton("Upload rows", file_types=[".jsonl", ".json", ".csv", ".tsv", ".parquet"], file_count="multiple", scale=1, min_width=120)
+        form["task.kind"] = forms.widget("task.kind")
+        with gr.Row():
+            form["method.rank"], form["method.alpha"], form["optim.lr"] = (forms.widget(path) for path in ("method.rank", "method.alpha", "optim.lr"))
+        with gr.Row(equal_height=True):
+            self.plus = gr.Checkbox(False, label="LoRA+", info="B learns faster than A. Switching it on suggests a lower base rate.", interactive=True)
+            form["optim.lora_plus_ratio"] = forms.widget("optim.lora_plus_ratio")
+        self.rates = gr.Markdown("", elem_id="rates")
+        with gr.Row():
+            for path in ("schedule.epochs", "schedule.steps", "schedule.batch_size"):
+                form[path] = forms.widget(path)
+        form["output.sample_prompts"] = forms.widget("output.sample_prompts")
+        with gr.Accordion("Advanced: every other setting", open=False):
+            form |= forms.advanced()
+        return form
+
+    def _right(self) -> None:
+        self.tiles = theme.tiles()
+        self.problems = theme.sentences(elem_id="problems")
+        with gr.Row():
+            self.check = gr.Button("Check every row", size="lg")
+            self.start = gr.Button("Start training", variant="primary", size="lg", elem_id="start")
+        self.targets = gr.Markdown("", elem_id="targets")
+        self.preview = gr.HTML([], html_template=PREVIEW, css_template=PREVIEW_CSS, elem_classes="flush", elem_id="preview")
+        self.command = gr.Code("", language="shell", label="The same on the command line", interactive=False, elem_id="command")
+        with gr.Accordion("The spec as YAML", open=False):
+            self.yaml = gr.Code("", language="yaml", show_label=False, interactive=False)
+
+    # ---- wiring
+
+    def connect(self, open_run) -> None:
+        """Let the parts act. `open_run` is (function that gives the updates showing a run, its outputs)."""
+        look = {"fn": self.look, "inputs": self.inputs, "outputs": self.shown, "trigger_mode": "always_last", "concurrency_limit": None, **QUIET}
+        changes = [component.change for path, component in self.form.items()]
+        gr.on(changes, **look)
+        self.preset.input(self.fill, self.preset, [*self.form.values(), self.data, self.plus], **QUIET)
+        self.data.input(self.pick, {self.data, self.form["data"]}, self.form["data"], **QUIET)
+        self.form["data"].input(self.follow_sources, self.form["data"], self.data, **QUIET)
+        self.upload.upload(self.keep, {self.upload, self.form["data"]}, [self.data, self.form["data"]], api_visibility="private")
+        self.plus.input(self.switch, {self.plus, self.form["optim.lr"], self.form["optim.lora_plus_ratio"]}, [self.form["optim.lr"], self.form["optim.lora_plus_ratio"]], **QUIET)
+        self.check.click(self.look_deep, self.inputs, self.shown, show_progress="minimal", show_progress_on=self.problems, api_visibility="private", concurrency_limit=2)
+        show, outputs = open_run
+        begin = self.start.click(self.begin, self.inputs, [*self.shown, self.started], show_progress="minimal", show_progress_on=self.problems, api_visibility="private", concurrency_limit=2)
+        begin.then(show, self.started, outputs, **QUIET)
+
+    @property
+    def shown(self) -> list:
+        """What an assessment fills."""
+        return [self.tiles, self.problems, self.rates, self.targets, self.preview, self.command, self.yaml]
+
+    def fill(self, name: str | None):
+        """The form as a preset has it. Rows that were picked stay when the preset has none."""
+        values = studio.form_values(name)
+        return self.put(values, keep_rows=not values["data"])
+
+    def put(self, values: dict, *, keep_rows: bool = False) -> list:
+        """Updates that put settings into the form, its rows and its switch."""
+        shown = forms.fill(self.form, values)
+        updates = [gr.skip() if keep_rows and path == "data" else shown[component] for path, component in self.form.items()]
+        rows = gr.skip() if keep_rows else gr.update(value=[source["path"] for source in values["data"]], choices=studio.data_choices(self.workspace))
+        return [*updates, rows, values["optim.lora_plus_ratio"] is not None]
+
+    def pick(self, given: dict):
+        """The sources as YAML for the rows that were picked; what was set for a source stays with it."""
+        before = {source["path"]: source for source in _sources(given[self.form["data"]])}
+        return forms.show(forms.leaf("data"), [before.get(path, {"path": path}) for path in given[self.data] or []])
+
+    def follow_sources(self, text: str):
+        """The rows that the sources name."""
+        return gr.update(value=[source["path"] for source in _sources(text)], choices=studio.data_choices(self.workspace))
+
+    def keep(self, given: dict):
+        """Keep uploaded files in the workspace and add them to the sources."""
+        sources = _sources(given[self.form["data"]])
+        try:
+            paths = [studio.upload(self.workspace, file, file.replace("\\", "/").rsplit("/", 1)[-1]) for file in given[self.upload] or []]
+        except StudioError as error:
+            gr.Warning(str(error))
+            return gr.skip(), gr.skip()
+        sources += [{"path": path} for path in paths if path not in {source["path"] for source in sources}]
+        shown = gr.update(value=[source["path"] for source in sources], choices=studio.data_choices(self.workspace))
+        return shown, forms.show(forms.leaf("data"), sources)
+
+    def switch(self, given: dict):
+        """LoRA+ on: a ratio of 16 and a lower base rate; off: the other way round."""
+        try:
+            rate = float(given[self.form["optim.lr"]])
+        except ValueError:
+            return gr.skip(), "16" if given[self.plus] else ""
+        if given[self.plus]:
+            lower = studio.suggest_lr(rate)
+            gr.Info(f"The base rate was lowered from {rate:g} to {lower:g}: with LoRA+ the best rate of A is about an eighth.")
+            return f"{lower:g}", "16"
+        return f"{float(f'{rate * 8:.1g}'):g}", ""
+
+    # ---- what is shown
+
+    def spec(self, given: dict) -> TrainSpec:
+        """The spec that the form holds. Raises SpecError."""
+        return studio.spec_of_values(forms.collect(self.form, given))
+
+    def look(self, given: dict):
+        """What can be said at once of what the form holds."""
+        return self.assess(given, deep=False)
+
+    def look_deep(self, given: dict):
+        """The same, with every row as tokens."""
+        return self.assess(given, deep=True)
+
+    def assess(self, given: dict, *, deep: bool) -> list:
+        """Tiles, sentences, rates, targets, preview, command and YAML."""
+        try:
+            spec = self.spec(given)
+        except SpecError as error:
+            return [[], [theme.said("error", problem.sentence, problem.path) for problem in error.problems], "", "", [], "", ""]
+        return self._shown(spec, studio.preflight(self.workspace, spec, deep=deep), deep)
+
+    def _shown(self, spec: TrainSpec, report: studio.Report, deep: bool) -> list:
+        told = [theme.said(problem.level, problem.sentence, problem.path) for problem in report.problems]
+        if report.can_start:
+            told.append(theme.said("ok", "Every row was checked. Ready to start." if deep else "Ready to start."))
+        targets = report.facts.get("targets")
+        where = f"Adapter on **{', '.join(targets)}**" + (" (auto)" if spec.method.targets == "auto" else "") if targets else ""
+        return [tiles_of(report.facts), told, rates_in_words(spec), where, preview_of(report.preview), studio.command(spec), settings.dumps(spec, sparse=True)]
+
+    def begin(self, given: dict):
+        """Check everything, then start. Gives what is shown and the id of the run, or None."""
+        try:
+            spec = self.spec(given)
+            report = studio.preflight(self.workspace, spec, deep=True)
+            shown = self._shown(spec, report, True)
+            if not report.can_start:
+                gr.Warning("It cannot start yet: see the sentences marked ✗.")
+                return [*shown, None]
+            id = studio.start(self.workspace, spec)
+        except SpecError as error:
+            gr.Warning("It cannot start yet: see the sentences marked ✗.")
+            told = [theme.said("error", problem.sentence, problem.path) for problem in error.problems]
+            return [gr.skip(), told, *[gr.skip()] * 5, None]
+        gr.Success(f"{spec.name} was started.")
+        return [*shown, id]
+
+
+def _sources(text: str) -> list[dict]:
+    try:
+        found = settings.read_yaml(text or "", "Sources")
+    except SpecError:
+        return []
+    return [source for source in found or [] if isinstance(source, dict) and isinstance(source.get("path"), str)] if isinstance(found, list) else []
+
+
+def tiles_of(facts: dict) -> list[dict]:
+    """The numbers of a report."""
+    rows = facts.get("rows_train", facts.get("rows"))
+    found = [
+        ("rows to train on" if "rows_train" in facts else "rows", f"{rows:,}" if rows is not None else None),
+        ("held out", f"{facts['rows_validation']:,}" if "rows_validation" in facts else None),
+        ("trainable", count_in_words(facts["trainable"]) if facts.get("trainable") else None),
+        ("memory, about", studio.gigabytes(facts["memory_rows_full"]) if facts.get("memory_rows_full") else None),
+        ("steps", f"{facts['steps']:,}" if "steps" in facts else None),
+        ("longest row", f"{facts['longest']:,} tokens" if "longest" in facts else None),
+        ("device", facts.get("device")),
+    ]
+    return [{"label": label, "value": value} for label, value in found if value]
+
+
+def count_in_words(count: int) -> str:
+    """A number of parameters."""
+    return f"{count / 1e6:.1f} M" if count >= 1e6 else f"{count / 1e3:.1f} k" if count >= 1e3 else str(count)
+
+
+def rates_in_words(spec: TrainSpec) -> str:
+    """Both rates and the scale, live."""
+    rates = studio.rates(spec)
+    return f"A learns at **{rates['A']:.3g}**, B at **{rates['B']:.3g}**; the update is scaled by **{studio.scale(spec):.3g}**."
+
+
+def preview_of(rows: list[dict]) -> list[dict]:
+    """Rows as turns: who, and the beginning of what is said."""
+    shown = []
+    for row in rows[:3]:
+        turns = [(turn["role"], turn["content"]) for turn in row["messages"]] if "messages" in row else list(row.items())
+        shown.append({"turns": [{"who": who, "text": text if len(text) <= 300 else text[:300] + " …"} for who, text in turns]})
+    return json.loads(json.dumps(shown))
