@@ -115,7 +115,7 @@ def _check_lora_plus(spec: TrainSpec, report: Report) -> None:
         report.add(
             "optim.lr",
             f"With LoRA+ B learns at {spec.optim.lr * ratio:.2g}, which is high for scale {scale(spec):.2g}. "
-            f"Try optim.lr {suggest_lr(spec.optim.lr):.1g}.",
+            f"Try optim.lr {suggest_lr(spec.optim.lr):.2g}.",
             "warning",
         )
 
@@ -127,7 +127,7 @@ def rates(spec: TrainSpec) -> dict[str, float]:
 
 def suggest_lr(lr: float) -> float:
     """The base rate to try when LoRA+ is switched on: best rates were seen to move down about eightfold."""
-    return float(f"{lr / 8:.1g}")
+    return float(f"{lr / 8:.2g}")
 
 
 def scale(spec: TrainSpec) -> float:

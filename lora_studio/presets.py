@@ -8,6 +8,9 @@ from lora_studio.errors import SpecError
 from lora_studio.home import presets_folder
 
 
+FIRST = "demo/pirate"
+
+
 @dataclass(frozen=True)
 class Preset:
     """A preset: its name (`qwen3/0.6b`), what its first comment says, and its file."""
@@ -28,7 +31,7 @@ def available() -> list[Preset]:
         Preset(path.relative_to(folder).with_suffix("").as_posix(), _description(path), path)
         for path in folder.rglob("*.yaml")
     ]
-    return sorted(found, key=lambda preset: (not preset.name.startswith("demo/"), preset.name))
+    return sorted(found, key=lambda preset: (preset.name != FIRST, not preset.name.startswith("demo/"), preset.name))
 
 
 def find(name: str) -> Preset:

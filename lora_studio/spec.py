@@ -90,9 +90,9 @@ class Lora(Part):
     kind: Literal["lora"] = "lora"
     """The kind of adapter."""
     rank: Annotated[int, Field(ge=1, le=4096)] = 16
-    """The rank r of the update. More can learn more, and costs more memory. Rank, alpha and rate belong together."""
+    """The rank r of the update. Rank, alpha and rate belong together."""
     alpha: Annotated[float, Field(gt=0)] = 32.0
-    """The strength of the update: scale = alpha / rank (alpha / sqrt(rank) with rslora)."""
+    """Strength: the update is scaled by alpha / rank."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the adapter's input that is dropped while training. Above 0 the fast path is off."""
     targets: Literal["auto"] | list[str] = "auto"
@@ -109,9 +109,9 @@ class Optim(Part):
     kind: Literal["adamw", "adamw_8bit", "adafactor", "sgd"] = "adamw"
     """The optimizer. adamw is fused; adamw_8bit keeps its state in 8 bits."""
     lr: Annotated[float, Field(gt=0, le=100)] = 2e-4
-    """The learning rate of A (and, without LoRA+, of B)."""
+    """The rate of A, and without LoRA+ of B too."""
     lora_plus_ratio: Annotated[float, Field(gt=1, le=1000)] | None = None
-    """LoRA+: B learns at this multiple of lr (16 is usual). Lower lr about 8 times when you switch it on. null is plain LoRA."""
+    """LoRA+: B learns at this multiple of lr; 16 is usual, with lr about 8 times lower. null is plain LoRA."""
     weight_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Decoupled weight decay of A and B; never of biases and magnitudes."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9

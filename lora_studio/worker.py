@@ -94,7 +94,8 @@ class RunDesk:
     def emit(self, kind: str, **fields) -> None:
         self.events.emit(kind, **fields)
         if kind in ("eval", "saved", "note"):
-            print(" ".join([kind, *(f"{name}={value}" for name, value in fields.items())]), flush=True)
+            told = (f"{name}={value:.4f}" if isinstance(value, float) else f"{name}={value}" for name, value in fields.items())
+            print(" ".join([kind, *told]), flush=True)
         elif kind == "step" and (fields["step"] % 10 == 0 or fields["step"] == fields["steps"]):
             print(f"step {fields['step']}/{fields['steps']} loss {fields['loss']:.4f}", flush=True)
 

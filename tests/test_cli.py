@@ -58,7 +58,7 @@ def test_detach_stop_and_resume(tmp_path, home, base, chat_rows):
     [
         (["train"], 1, "data is missing. Set it."),
         (["train", "--data", "/no/such.jsonl"], 1, "/no/such.jsonl is not there"),
-        (["train", "--preset", "nope"], 1, "There is no preset nope. Known: demo/capitals"),
+        (["train", "--preset", "nope"], 1, "There is no preset nope. Known: demo/pirate"),
         (["train", "--data", "x", "--set", "optim.lr=0", "--method.rank", "a"], 1, "method.rank is 'a'; it must be a whole number."),
         (["train", "--data", "x", "--set", "nonsense"], 1, "is not of the form path=value"),
         (["train", "--data", "{path: x, wait: 2}"], 1, "data.0.wait is not a setting. Did you mean"),
@@ -79,7 +79,7 @@ def test_schema_presets_and_show_spec_answer_in_both_forms():
     assert "optim.lora_plus_ratio" in command("schema").stdout
     assert json.loads(command("schema", "--json").stdout)["title"] == "TrainSpec"
     assert "demo/pirate" in command("presets").stdout
-    assert json.loads(command("presets", "--json").stdout)[0]["name"] == "demo/capitals"
+    assert json.loads(command("presets", "--json").stdout)[0]["name"] == "demo/pirate"
     shown = command("train", "--preset", "demo/pirate", "--optim.lr", "1e-3", "--show-spec").stdout
     assert "lr: 0.001" in shown and "demo-text" in shown
 

@@ -36,6 +36,8 @@ class TextTask:
         self.spec, self.device, self.note = spec, torch.device(device), note
         self.dtype = choose_dtype(spec.compute.precision, device)
         self.fast = False
+        if self.device.type == "cpu":
+            fused.keep_memory()
 
     def load(self) -> torch.nn.Module:
         """Load base, tokenizer and rows. Returns the bare model. Raises StudioError with the way out."""

@@ -10,8 +10,10 @@ import time
 
 import gradio as gr
 from starlette.middleware import Middleware
+from starlette.responses import FileResponse, PlainTextResponse, Response
 
 from lora_studio import studio
+from lora_studio.errors import StudioError
 from lora_studio.ui import guard, theme
 from lora_studio.ui.runs import Runs
 from lora_studio.ui.train import Train
@@ -19,7 +21,8 @@ from lora_studio.workspace import Workspace, local
 
 PUMP_SECONDS = 2.0
 PAGES = ("train", "runs")
-ADDRESS = "() => { const url = new URL(location); url.searchParams.set('tab', '%s'); history.replaceState(null, '', url); }"
+# Tabs say that they were selected while the page loads too; the address follows only once it has been read.
+ADDRESS = "() => { if(!window.studioIsReady) return; const url = new URL(location); url.searchParams.set('tab', '%s'); history.replaceState(null, '', url); }"
 QUIET = {"show_progress": "hidden", "api_visibility": "private"}
 
 
@@ -58,7 +61,7 @@ def _connect_tabs(pages: gr.Blocks, tabs: gr.Tabs, by_name: dict, run: Runs) -> 
             return [gr.skip()] * (2 + len(run.opened))
         return [gr.Tabs(selected=wanted if wanted in by_name else "runs"), gr.Timer(active=True), *run.open(id)]
 
-    pages.load(route, None, [tabs, run.timer, *run.opened], **QUIET)
+    pages.load(route, None, [tabs, run.timer, *run.opened], **QUIET).then(None, None, None, js="() => { window.studioIsReady = true; }", **QUIET)
     for name, tab in by_name.items():
         tab.select(None, None, None, js=ADDRESS % name, api_visibility="private")
         tab.select(lambda name=name: gr.Timer(active=name == "runs"), None, run.timer, queue=False, **QUIET)
@@ -73,7 +76,7 @@ def serve(*, host: str = "127.0.0.1", port: int = 7860, block: bool = True):
     studio.pump()
     threading.Thread(target=_pump_forever, daemon=True, name="pump").start()
     pages.queue(max_size=200, default_concurrency_limit=4)
-    return pages.launch(
+    app, _, _ = pages.launch(
         server_name=host,
         server_port=port,
         share=False,
@@ -86,9 +89,22 @@ def serve(*, host: str = "127.0.0.1", port: int = 7860, block: bool = True):
         footer_links=[],
         theme=theme.theme(),
         css=theme.CSS,
-        prevent_thread_lock=not block,
+        prevent_thread_lock=True,
         app_kwargs={"middleware": [Middleware(guard.SameOrigin, hosts=hosts)], "openapi_url": None},
     )
+    app.add_api_route("/studio/adapter/{id}", lambda id: _download(workspace, id), methods=["GET"])
+    if block:
+        pages.block_thread()
+    return pages
+
+
+def _download(workspace: Workspace, id: str) -> Response:
+    """The adapter of a run as a .zip; whatever is not such a run is not found."""
+    try:
+        archive = studio.adapter_archive(workspace, id)
+    except StudioError as error:
+        return PlainTextResponse(str(error), status_code=404)
+    return FileResponse(archive, filename=archive.name, media_type="application/zip")
 
 
 def _pump_forever() -> None:

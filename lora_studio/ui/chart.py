@@ -89,6 +89,7 @@ const canvas = element.querySelector('canvas'), output = element.querySelector('
 let run = null, turn = -1, n = 0, m = 0, points = [], judged = [], state = '', busy = false, view = 'loss';
 const WIDTH = 4;
 function number(value){ const a = Math.abs(value); return a && (a < 1e-3 || a >= 1e5) ? value.toExponential(1) : value.toPrecision(3); }
+function tick_(value, span){ return span < 1e-3 || Math.abs(value) >= 1e5 ? value.toExponential(1) : value.toFixed(Math.max(0, Math.min(6, 2 - Math.floor(Math.log10(span))))); }
 function series(column){ const rows = []; for(let i = 0; i < points.length; i += WIDTH) rows.push([points[i], points[i + column]]); return rows; }
 function smooth(rows){ const keep = Math.min(.97, 1 - 1 / Math.max(1, rows.length / 60)); let last = null;
   return rows.map(([x, y]) => { last = last === null ? y : last * keep + y * (1 - keep); return [x, last]; }); }
@@ -109,8 +110,8 @@ function draw(){
   const x0 = points[0], x1 = Math.max(points[points.length - WIDTH], x0 + 1), L = 52, R = 12, T = 10, B = 24;
   const X = x => L + (x - x0) / (x1 - x0) * (w - L - R), Y = y => T + (y1 - y) / (y1 - y0) * (h - T - B);
   pen.lineWidth = 1; pen.strokeStyle = grid;
-  for(let i = 0; i <= 4; i++){ const y = y0 + (y1 - y0) * i / 4; pen.beginPath(); pen.moveTo(L, Y(y)); pen.lineTo(w - R, Y(y)); pen.stroke(); pen.textAlign = 'right'; pen.fillText(number(y), L - 7, Y(y) + 4); }
-  pen.textAlign = 'center'; for(let i = 0; i <= 5; i++){ const x = x0 + (x1 - x0) * i / 5; pen.fillText(Math.round(x), Math.min(w - R - 12, X(x)), h - 7); }
+  for(let i = 0; i <= 4; i++){ const y = y0 + (y1 - y0) * i / 4; pen.beginPath(); pen.moveTo(L, Y(y)); pen.lineTo(w - R, Y(y)); pen.stroke(); pen.textAlign = 'right'; pen.fillText(tick_(y, y1 - y0), L - 7, Y(y) + 4); }
+  pen.textAlign = 'center'; const parts = Math.min(5, x1 - x0); for(let i = 0; i <= parts; i++){ const x = Math.round(x0 + (x1 - x0) * i / parts); pen.fillText(x, Math.min(w - R - 12, X(x)), h - 7); }
   let words;
   if(view === 'loss'){
     const raw = drawn[0], soft = smooth(raw); line(raw, X, Y, accent, 1, .35); line(soft, X, Y, accent, 2, 1);

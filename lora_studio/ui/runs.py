@@ -21,11 +21,12 @@ LIST_CSS = """
 .run:hover{border-color:var(--color-accent)}.run[aria-selected=true]{border-color:var(--color-accent);box-shadow:0 0 0 1px var(--color-accent)}
 .what{min-width:0;flex:1}.what b{display:block;font-size:14px;white-space:nowrap;overflow:hidden;text-overflow:ellipsis}
 .what small{font-size:12px;color:var(--body-text-color-subdued)}.loss{font-size:13px;color:var(--body-text-color-subdued)}
-.state{width:1.1em;text-align:center}.running .state,.starting .state,.stopping .state{color:var(--color-accent)}.done .state{color:#15803d}.failed .state{color:#b91c1c}
-.dark .done .state{color:#4ade80}.dark .failed .state{color:#fca5a5}.none{color:var(--body-text-color-subdued)}
+.state{width:1.1em;text-align:center}.running .state,.starting .state,.stopping .state{color:var(--color-accent)}.done .state{color:var(--studio-ok)}.failed .state{color:var(--studio-bad)}.none{color:var(--body-text-color-subdued)}
 """
 LIST_SCRIPT = """
-element.addEventListener('click', event => { const run = event.target.closest('.run'); if(run) trigger('pick', {id: run.dataset.id}); });
+element.addEventListener('click', event => { const run = event.target.closest('.run'); if(!run) return;
+  const url = new URL(location); url.searchParams.set('run', run.dataset.id); history.replaceState(null, '', url);
+  trigger('pick', {id: run.dataset.id}); });
 """
 SAMPLES = """{{#if value}}<table class="samples"><thead><tr><th scope="col">step</th><th scope="col">prompt</th><th scope="col">answer</th></tr></thead><tbody>
 {{#each value}}<tr><td>{{step}}</td><td>{{prompt}}</td><td>{{answer}}</td></tr>{{/each}}</tbody></table>{{/if}}"""
@@ -52,7 +53,7 @@ class Runs:
         self.asking = gr.State(False)
         with gr.Row(equal_height=False):
             with gr.Column(scale=2, min_width=280):
-                self.list = gr.HTML([], html_template=LIST, css_template=LIST_CSS, js_on_load=LIST_SCRIPT, elem_classes="flush", elem_id="runs")
+                self.list = theme.Shown([], html_template=LIST, css_template=LIST_CSS, js_on_load=LIST_SCRIPT, elem_classes="flush", elem_id="runs")
             with gr.Column(scale=4, min_width=320):
                 self._detail()
         self.timer = gr.Timer(2, active=False)
@@ -61,10 +62,10 @@ class Runs:
         self.tiles = theme.tiles(elem_id="run-tiles")
         self.chart = LiveChart(None, curves=Curves(self.workspace), container=True, padding=True, elem_id="chart")
         with gr.Row():
-            self.stop = gr.Button("Stop", variant="stop", interactive=False)
-            self.resume = gr.Button("Resume", interactive=False)
-            self.again = gr.Button("Use these settings again", interactive=False)
-            self.download = gr.DownloadButton("Download adapter", interactive=False)
+            self.stop = gr.Button("Stop", variant="stop", size="md", interactive=False)
+            self.resume = gr.Button("Resume", size="md", interactive=False)
+            self.again = gr.Button("Reuse settings", size="md", interactive=False)
+            self.download = gr.Button("Download adapter", size="md", link_target="_self", interactive=False)
         with gr.Group(visible=False, elem_id="stop-box") as self.box:
             self.question = gr.Markdown("")
             with gr.Row():
@@ -72,7 +73,7 @@ class Runs:
                 self.discard = gr.Button("Stop without saving", variant="stop")
                 self.go_on = gr.Button("Keep going")
         self.notes = theme.sentences(elem_id="notes")
-        self.samples = gr.HTML([], html_template=SAMPLES, css_template=SAMPLES_CSS, elem_classes="flush", elem_id="samples")
+        self.samples = theme.Shown([], html_template=SAMPLES, css_template=SAMPLES_CSS, elem_classes="flush", elem_id="samples")
         self.log = gr.Textbox("", label="Log", lines=8, max_lines=14, interactive=False, autoscroll=True, buttons=["copy"], elem_classes="mono", elem_id="log")
         with gr.Accordion("Settings of this run", open=False):
             self.command = gr.Code("", language="shell", label="The same on the command line", interactive=False)
@@ -139,16 +140,9 @@ class Runs:
             gr.update(interactive=live),
             gr.update(interactive=status.state in ("stopped", "failed")),
             gr.update(interactive=True),
-            gr.update(interactive=ready is not None, value=self.archive(status.id) if ready and not live else None),
+            gr.update(interactive=ready is not None and not live, link=f"/studio/adapter/{status.id}" if ready and not live else None),
             gr.update(visible=bool(asking and live)),
         ]
-
-    def archive(self, id: str) -> str | None:
-        """The adapter as a .zip, for the download button."""
-        try:
-            return str(studio.adapter_archive(self.workspace, id))
-        except StudioError:
-            return None
 
     # ---- what the buttons do
 
@@ -205,9 +199,9 @@ def tiles_of(status: runs.Status, events: list[dict]) -> list[dict]:
         ("state", status.state),
         ("step", f"{status.step} / {status.steps}" if status.steps else None),
         ("loss", f"{status.loss:.4f}" if status.loss is not None else None),
-        ("validation, best", f"{min(judged):.4f}" if judged else None),
+        ("best validation", f"{min(judged):.4f}" if judged else None),
         ("time left", duration(status.seconds_left) if status.seconds_left is not None else None),
-        ("learnt tokens/s", f"{step['tokens_per_second']:,.0f}" if step else None),
+        ("tokens/s", f"{step['tokens_per_second']:,.0f}" if step else None),
         ("rate of A", f"{step['lr_A']:.2g}" if "lr_A" in step else None),
         ("rate of B", f"{step['lr_B']:.2g}" if "lr_B" in step else None),
         ("gradient norm", f"{step['grad_norm']:.3g}" if step else None),

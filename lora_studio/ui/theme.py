@@ -53,13 +53,16 @@ def theme() -> gr.themes.Base:
     )
 
 
+# Colours of states live here, as variables: the CSS of a component is scoped and cannot see whether the page is dark.
 CSS = f"""
+:root{{--studio-ok:#15803d;--studio-bad:#b91c1c;--studio-bad-edge:#fca5a5;--studio-bad-soft:#fef2f2;--studio-warn:#92400e;--studio-warn-edge:#fcd34d;--studio-warn-soft:#fffbeb}}
+.dark{{--studio-ok:#4ade80;--studio-bad:#fca5a5;--studio-bad-edge:#7f1d1d;--studio-bad-soft:#2a1215;--studio-warn:#fcd34d;--studio-warn-edge:#78350f;--studio-warn-soft:#2a1f0b}}
 .gradio-container{{width:100%!important;max-width:1320px!important;margin:0 auto!important}}
 .dark{{--color-accent:{ACCENT_DARK}}}
 .tabitem{{border:none!important;padding:14px 0!important;background:transparent!important}}
 .flush .html-container{{padding:0!important}}
 .flush{{border:none!important;background:transparent!important;box-shadow:none!important}}
-#stop-box{{border:1px solid #fca5a5;border-radius:10px;padding:12px}}
+#stop-box{{border:1px solid var(--studio-bad-edge);border-radius:10px;padding:12px}}
 .mono textarea{{font-family:var(--font-mono);font-size:12.5px;line-height:1.45}}
 """
 
@@ -75,8 +78,8 @@ BRAND_CSS = """
 
 TILES = '<div class="tiles">{{#each value}}<div><b>{{value}}</b><span>{{label}}</span></div>{{/each}}</div>'
 TILES_CSS = """
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(104px,1fr));gap:10px}
-.tiles div{border:1px solid var(--border-color-primary);border-radius:10px;padding:9px 12px;background:var(--background-fill-primary);min-width:0}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(112px,1fr));gap:8px}
+.tiles div{border:1px solid var(--border-color-primary);border-radius:10px;padding:7px 11px;background:var(--background-fill-primary);min-width:0}
 .tiles b{font-size:17px;display:block;white-space:nowrap;overflow:hidden;text-overflow:ellipsis;color:var(--body-text-color)}
 .tiles span{font-size:12px;color:var(--body-text-color-subdued)}
 """
@@ -88,24 +91,46 @@ SENTENCES_CSS = """
 .sentences li{display:flex;gap:9px;padding:8px 11px;border-radius:8px;font-size:13.5px;line-height:1.4;border:1px solid var(--border-color-primary);color:var(--body-text-color);overflow-wrap:anywhere}
 .sentences i{font-style:normal;font-weight:700}
 .sentences code{font-size:12px;padding:1px 5px;border-radius:5px;background:var(--background-fill-secondary)}
-.sentences .error{border-color:#fca5a5;background:#fef2f2}.sentences .error i{color:#b91c1c}
-.sentences .warning{border-color:#fcd34d;background:#fffbeb}.sentences .warning i{color:#92400e}
-.sentences .ok i{color:#15803d}.sentences .note i{color:var(--color-accent)}
-.dark .sentences .error{border-color:#7f1d1d;background:#2a1215}.dark .sentences .error i{color:#fca5a5}
-.dark .sentences .warning{border-color:#78350f;background:#2a1f0b}.dark .sentences .warning i{color:#fcd34d}
-.dark .sentences .ok i{color:#4ade80}
+.sentences .error{border-color:var(--studio-bad-edge);background:var(--studio-bad-soft)}.sentences .error i{color:var(--studio-bad)}
+.sentences .warning{border-color:var(--studio-warn-edge);background:var(--studio-warn-soft)}.sentences .warning i{color:var(--studio-warn)}
+.sentences .ok i{color:var(--studio-ok)}.sentences .note i{color:var(--color-accent)}
 """
 SIGNS = {"error": "✗", "warning": "!", "note": "i", "ok": "✓"}
 
 
+class Shown(gr.HTML):
+    """HTML whose values come from people: handlebars escapes them, and they are disarmed before.
+
+    Gradio fills a handlebars template and then evaluates the result as a JavaScript template literal, so a value that
+    holds `${...}` would run as a script. Every component that shows someone's words is made from this class.
+    """
+
+    def postprocess(self, value):
+        """The value with every text in it disarmed."""
+        return super().postprocess(disarm(value))
+
+    def api_info(self):
+        """What the value is, for Gradio's description of itself."""
+        return {"type": "object"}
+
+
+def disarm(value):
+    """The same value, in whose texts no `${` begins a script: an invisible word joiner stands between the two signs."""
+    if isinstance(value, str):
+        return value.replace("${", "$\u2060{")
+    if isinstance(value, dict):
+        return {key: disarm(inner) for key, inner in value.items()}
+    return [disarm(inner) for inner in value] if isinstance(value, list) else value
+
+
 def tiles(**options) -> gr.HTML:
     """A row of numbers. Value: [{label, value}]."""
-    return gr.HTML([], html_template=TILES, css_template=TILES_CSS, elem_classes="flush", **options)
+    return Shown([], html_template=TILES, css_template=TILES_CSS, elem_classes="flush", **options)
 
 
 def sentences(**options) -> gr.HTML:
     """A list of sentences with a sign each. Value: [{level, path, sentence, sign}]; everything is escaped."""
-    return gr.HTML([], html_template=SENTENCES, css_template=SENTENCES_CSS, elem_classes="flush", **options)
+    return Shown([], html_template=SENTENCES, css_template=SENTENCES_CSS, elem_classes="flush", **options)
 
 
 def said(level: str, sentence: str, path: str = "") -> dict:

@@ -70,7 +70,7 @@ class Train:
             self.check = gr.Button("Check every row", size="lg")
             self.start = gr.Button("Start training", variant="primary", size="lg", elem_id="start")
         self.targets = gr.Markdown("", elem_id="targets")
-        self.preview = gr.HTML([], html_template=PREVIEW, css_template=PREVIEW_CSS, elem_classes="flush", elem_id="preview")
+        self.preview = theme.Shown([], html_template=PREVIEW, css_template=PREVIEW_CSS, elem_classes="flush", elem_id="preview")
         self.command = gr.Code("", language="shell", label="The same on the command line", interactive=False, elem_id="command")
         with gr.Accordion("The spec as YAML", open=False):
             self.yaml = gr.Code("", language="yaml", show_label=False, interactive=False)
@@ -140,7 +140,7 @@ class Train:
             lower = studio.suggest_lr(rate)
             gr.Info(f"The base rate was lowered from {rate:g} to {lower:g}: with LoRA+ the best rate of A is about an eighth.")
             return f"{lower:g}", "16"
-        return f"{float(f'{rate * 8:.1g}'):g}", ""
+        return f"{float(f'{rate * 8:.2g}'):g}", ""
 
     # ---- what is shown
 

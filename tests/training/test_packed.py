@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_studio.training import fused, packed
 from tests import tiny
@@ -246,3 +247,42 @@ def test_every_signature_of_the_varlen_kernel_is_served(monkeypatch):
         monkeypatch.setattr(packed, "_varlen_parameters", lambda has=has: frozenset(has))
         found = packed._torch_varlen(query, key, value, mask, 0.3)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+SMALL = {
+    "vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+OTHERS = {
+    "phi3": {}, "qwen2": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}, "smollm3": {},
+    "olmo2": {}, "starcoder2": {"sliding_window": 4}, "gpt_neox": {}, "mixtral": {"num_local_experts": 4}, "glm4": {},
+}  # fmt: skip
+REFUSED = {
+    "lfm2": ({"layer_types": ["conv", "full_attention"]}, "layers of kind conv"), "gpt2": ({}, "attention dropout"),
+    "gpt_oss": ({"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}, "s_aux"), "cohere": ({}, "logit_scale"),
+    "qwen3_next": ({"num_experts": 4, "layer_types": ["linear_attention", "full_attention"]}, "recurrent state"),
+}  # fmt: skip
+
+
+def other(kind: str, changes: dict):
+    """A tiny adapted model of another family."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **{**SMALL, **changes})
+    targets = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(AutoModelForCausalLM.from_config(config).float(), targets).train()
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_families_pass_the_check(kind):
+    model = other(kind, OTHERS[kind])
+    assert fused.install(model)["linear"] >= 8
+    assert fused.self_check(model, DOCUMENTS[:2]) <= 1e-6
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_families_that_cannot_are_refused_by_name(kind):
+    changes, reason = REFUSED[kind]
+    model = other(kind, changes)
+    fused.install(model)
+    with pytest.raises(packed.Unsupported, match=reason):
+        fused.self_check(model, DOCUMENTS[:2])

@@ -1,0 +1,104 @@
+"""A server of its own for each file of tests, and Chromium; no page may ask anything of the outside."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+ROOT = Path(__file__).parent.parent.parent
+CHROMIUM = os.environ.get("CHROMIUM") or next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+
+
+class Server:
+    """`python app.py` with a home and a port of its own, started and killed as a person or an accident would."""
+
+    def __init__(self, home: Path):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.home, self.url, self.process = home, f"http://127.0.0.1:{self.port}", None
+
+    def start(self) -> float:
+        """Start it; seconds until it answered."""
+        environment = {**os.environ, "LORA_STUDIO_HOME": str(self.home), "GRADIO_SERVER_PORT": str(self.port), "GRADIO_TEMP_DIR": str(self.home.parent / "gradio"), "HF_HUB_OFFLINE": "1"}
+        self.log = open(self.home.parent / "server.log", "ab")
+        began = time.monotonic()
+        self.process = subprocess.Popen([sys.executable, str(ROOT / "app.py")], env=environment, stdout=self.log, stderr=self.log, cwd=self.home.parent)
+        while time.monotonic() - began < 90:
+            assert self.process.poll() is None, (self.home.parent / "server.log").read_text()
+            try:
+                urllib.request.urlopen(self.url + "/gradio_api/app_id", timeout=1)
+                return time.monotonic() - began
+            except OSError:
+                time.sleep(0.1)
+        raise AssertionError("the server did not answer within 90 s")
+
+    def kill(self) -> None:
+        """SIGKILL, as an accident would."""
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait(20)
+
+    def memory(self) -> int:
+        """Its resident size in bytes."""
+        import psutil
+
+        return psutil.Process(self.process.pid).memory_info().rss
+
+    def has_torch(self) -> bool:
+        """Whether it has loaded torch's library."""
+        return "libtorch" in Path(f"/proc/{self.process.pid}/maps").read_text()
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    if CHROMIUM is None:
+        sentence = "There is no Chromium on this machine, so the browser tests do not run (Debian: apt-get install chromium)."
+        if os.environ.get("LORA_STUDIO_REQUIRE_BROWSER") == "1":
+            pytest.fail(sentence)
+        pytest.skip(sentence)
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def server(chromium, tmp_path_factory):
+    made = Server(tmp_path_factory.mktemp("served") / "home")
+    made.started_in = made.start()
+    yield made
+    made.process.terminate()
+    made.process.wait(20)
+
+
+@pytest.fixture
+def open_page(chromium, server):
+    """A function that opens a page; what it asked of others and its script errors fail the test."""
+    contexts, errors, external = [], [], []
+
+    def opened(path="/", **options):
+        context = chromium.new_context(viewport={"width": 1280, "height": 900}, reduced_motion="reduce", **options)
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(30_000)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("request", lambda request: external.append(request.url) if not request.url.startswith((server.url, "data:", "blob:")) else None)
+        page.goto(server.url + path)
+        page.get_by_role("tab", name="Train").wait_for()
+        return page
+
+    yield opened
+    for context in contexts:
+        context.close()
+    assert not errors, errors
+    assert not external, external

@@ -1,0 +1,65 @@
+"""The README is compared with the code: its tree, its commands, its pictures, and the files its claims point to."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def tree() -> str:
+    """The package's tree with the first sentence of every file's docstring."""
+    lines = []
+    for path in sorted((ROOT / "lora_studio").rglob("*.py"), key=lambda path: (path.parent.parts, path.name != "__init__.py", path.name)):
+        doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        first = re.split(r"(?<=[^.])\.(?:\s|$)", doc.split("\n\n")[0].replace("\n", " "))[0].rstrip(":")
+        depth = len(path.relative_to(ROOT).parts) - 1
+        if path.name == "__init__.py":
+            lines.append(f"{'  ' * (depth - 1)}{path.parent.name + '/':<{24 - 2 * (depth - 1)}} {first}")
+        elif path.name != "__main__.py":
+            lines.append(f"{'  ' * depth}{path.name:<{24 - 2 * depth}} {first}")
+    return "\n".join(lines)
+
+
+def test_the_tree_in_the_readme_is_the_code():
+    shown = re.search(r"## A tour of the code\n\n```\n(.*?)\n```", README, re.DOTALL)[1]
+    assert shown == tree(), "write the tree again: python -m tests.test_readme"
+
+
+def test_every_command_in_the_readme_exists():
+    from lora_studio.cli import command
+
+    known = set(command().commands)
+    for line in re.findall(r"^python -m lora_studio ([^#]*?)(?:  |$)", README, re.MULTILINE):
+        for words in line.split("|"):
+            assert words.split()[0] in known, line
+
+
+def test_the_spec_in_the_readme_is_one():
+    from lora_studio import settings
+    from lora_studio.spec import parse
+
+    parse(settings.as_tree(re.search(r"```yaml\n(.*?)```", README, re.DOTALL)[1]))
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"`((?:tests|lora_studio|presets)/[\w./-]+)`|\]\(((?:tests|lora_studio)/[\w./-]+)\)", README))))
+def test_every_file_the_readme_names_is_there(path):
+    assert (ROOT / (path[0] or path[1])).exists()
+
+
+def test_the_top_level_is_what_it_should_be():
+    import subprocess
+
+    known = {"app.py", "lora_studio", "presets", "tests", "requirements.txt", "README.md", "Dockerfile", "pyproject.toml", ".ci", ".gitignore", ".dockerignore", "LICENSE"}
+    tracked = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT, check=False).stdout.split("\n")
+    if not any(tracked):
+        pytest.skip("not a git checkout")
+    assert {name.split("/")[0] for name in tracked if name} <= known
+
+
+if __name__ == "__main__":
+    text = re.sub(r"(## A tour of the code\n\n```\n).*?(\n```)", lambda found: found[1] + tree() + found[2], README, flags=re.DOTALL)
+    (ROOT / "README.md").write_text(text, encoding="utf-8")
