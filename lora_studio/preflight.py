@@ -83,7 +83,7 @@ def _check_data(spec: TrainSpec, report: Report) -> None:
             report.add(f"data.{index}", f"{source.path} will be fetched from the Hub when the run starts.", "note")
             continue
         total += len(found.items)
-        report.preview += found.items[: PREVIEW_ROWS - len(report.preview)]
+        report.preview += found.items[: max(1, PREVIEW_ROWS // len(spec.data))]
         report.facts.setdefault("shapes", []).append(found.shape)
         if found.skipped:
             report.add(f"data.{index}", f"{source.path}: left out are {found.skipped_in_words()}.", "warning")

@@ -56,7 +56,7 @@ def test_no_disk_is_said_before_the_start(workspace, base, chat_rows, monkeypatc
 
 def test_lora_plus_with_a_high_base_rate_gets_a_suggestion(workspace, base, chat_rows):
     report = studio.preflight(workspace, parse(tiny.tree(base, chat_rows, optim={"lr": 0.01, "lora_plus_ratio": 16})))
-    assert "Try optim.lr 0.0012" in report.problems[0].sentence
+    assert "Try optim.lr 0.0013" in report.problems[0].sentence
     assert studio.suggest_lr(2e-4) == 2.5e-5
 
 

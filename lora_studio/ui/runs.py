@@ -28,11 +28,13 @@ element.addEventListener('click', event => { const run = event.target.closest('.
   const url = new URL(location); url.searchParams.set('run', run.dataset.id); history.replaceState(null, '', url);
   trigger('pick', {id: run.dataset.id}); });
 """
-SAMPLES = """{{#if value}}<table class="samples"><thead><tr><th scope="col">step</th><th scope="col">prompt</th><th scope="col">answer</th></tr></thead><tbody>
-{{#each value}}<tr><td>{{step}}</td><td>{{prompt}}</td><td>{{answer}}</td></tr>{{/each}}</tbody></table>{{/if}}"""
+SAMPLES = """<div class="samples">{{#each value}}<section><h4>{{prompt}}</h4><dl>{{#each answers}}<dt>step {{step}}</dt><dd>{{answer}}</dd>{{/each}}</dl></section>{{/each}}</div>"""
 SAMPLES_CSS = """
-.samples{width:100%;border-collapse:collapse;font-size:13px;color:var(--body-text-color)}.samples th{font-weight:400;text-align:left;color:var(--body-text-color-subdued);font-size:12px}
-.samples td,.samples th{padding:5px 8px;border-bottom:1px solid var(--border-color-primary);vertical-align:top;overflow-wrap:anywhere}.samples td:first-child{white-space:nowrap}
+.samples{display:flex;flex-direction:column;gap:8px}
+.samples section{border:1px solid var(--border-color-primary);border-radius:8px;padding:8px 12px;background:var(--background-fill-primary)}
+.samples h4{margin:0 0 4px;font-size:13.5px;color:var(--body-text-color);overflow-wrap:anywhere}
+.samples dl{display:grid;grid-template-columns:max-content 1fr;gap:2px 12px;margin:0;font-size:13px}
+.samples dt{color:var(--body-text-color-subdued);font-weight:400;margin:0}.samples dd{margin:0;color:var(--body-text-color);overflow-wrap:anywhere}
 """
 QUIET = {"show_progress": "hidden", "api_visibility": "private"}
 LOG_BYTES = 16 * 1024
@@ -66,7 +68,7 @@ class Runs:
             self.resume = gr.Button("Resume", size="md", interactive=False)
             self.again = gr.Button("Reuse settings", size="md", interactive=False)
             self.download = gr.Button("Download adapter", size="md", link_target="_self", interactive=False)
-        with gr.Group(visible=False, elem_id="stop-box") as self.box:
+        with gr.Column(visible=False, elem_id="stop-box") as self.box:
             self.question = gr.Markdown("")
             with gr.Row():
                 self.save = gr.Button("Stop and save", variant="primary")
@@ -235,10 +237,12 @@ def notes_of(status: runs.Status, events: list[dict]) -> list[dict]:
 
 
 def samples_of(events: list[dict]) -> list[dict]:
-    """Sample answers, those of one prompt together, oldest first."""
-    found = [event for event in events if event["kind"] == "sample"]
-    prompts = list(dict.fromkeys(event["prompt"] for event in found))
-    return [{"step": event["step"], "prompt": event["prompt"], "answer": event["answer"]} for prompt in prompts for event in found if event["prompt"] == prompt]
+    """Sample answers by prompt, oldest first."""
+    answers: dict[str, list] = {}
+    for event in events:
+        if event["kind"] == "sample":
+            answers.setdefault(event["prompt"], []).append({"step": event["step"], "answer": event["answer"] or "(nothing)"})
+    return [{"prompt": prompt, "answers": found[-8:]} for prompt, found in answers.items()]
 
 
 def plain(text: str) -> str:

@@ -115,9 +115,10 @@ class Shown(gr.HTML):
 
 
 def disarm(value):
-    """The same value, in whose texts no `${` begins a script: an invisible word joiner stands between the two signs."""
+    """The same value, in whose texts no `${` begins a script (an invisible word joiner stands between the two signs) and no
+    backslash an escape (it is doubled; the literal halves it again)."""
     if isinstance(value, str):
-        return value.replace("${", "$\u2060{")
+        return value.replace("\\", "\\\\").replace("${", "$\u2060{")
     if isinstance(value, dict):
         return {key: disarm(inner) for key, inner in value.items()}
     return [disarm(inner) for inner in value] if isinstance(value, list) else value

@@ -4,7 +4,7 @@ import json
 
 import gradio as gr
 
-from lora_studio import presets, settings, studio
+from lora_studio import data, presets, settings, studio
 from lora_studio.errors import SpecError, StudioError
 from lora_studio.spec import TrainSpec
 from lora_studio.ui import forms, theme
@@ -45,9 +45,8 @@ class Train:
         self.preset = gr.Dropdown([preset.name for preset in presets.available()], value=None, label="Preset", info="Fills the form. The demos train on any CPU in under a minute.", interactive=True)
         with gr.Row():
             form["name"], form["base.id"] = forms.widget("name"), forms.widget("base.id")
-        with gr.Row(equal_height=True):
-            self.data = gr.Dropdown(studio.data_choices(self.workspace), value=[], multiselect=True, allow_custom_value=True, label="Rows to train on", info="Pick, or type a path or a Hub data set.", interactive=True, scale=4)
-            self.upload = gr.UploadButton("Upload rows", file_types=[".jsonl", ".json", ".csv", ".tsv", ".parquet"], file_count="multiple", scale=1, min_width=120)
+        self.data = gr.Dropdown(studio.data_choices(self.workspace), value=[], multiselect=True, allow_custom_value=True, label="Rows to train on", info="Pick, or type a path or a Hub data set.", interactive=True)
+        self.upload = gr.UploadButton("Upload rows: .jsonl .json .csv .tsv .parquet", file_types=list(data.SUFFIXES), file_count="multiple", size="sm")
         form["task.kind"] = forms.widget("task.kind")
         with gr.Row():
             form["method.rank"], form["method.alpha"], form["optim.lr"] = (forms.widget(path) for path in ("method.rank", "method.alpha", "optim.lr"))
@@ -205,7 +204,7 @@ def tiles_of(facts: dict) -> list[dict]:
         ("rows to train on" if "rows_train" in facts else "rows", f"{rows:,}" if rows is not None else None),
         ("held out", f"{facts['rows_validation']:,}" if "rows_validation" in facts else None),
         ("trainable", count_in_words(facts["trainable"]) if facts.get("trainable") else None),
-        ("memory, about", studio.gigabytes(facts["memory_rows_full"]) if facts.get("memory_rows_full") else None),
+        ("model memory", studio.gigabytes(facts["memory_rows_full"]) if facts.get("memory_rows_full") else None),
         ("steps", f"{facts['steps']:,}" if "steps" in facts else None),
         ("longest row", f"{facts['longest']:,} tokens" if "longest" in facts else None),
         ("device", facts.get("device")),
@@ -227,7 +226,7 @@ def rates_in_words(spec: TrainSpec) -> str:
 def preview_of(rows: list[dict]) -> list[dict]:
     """Rows as turns: who, and the beginning of what is said."""
     shown = []
-    for row in rows[:3]:
+    for row in rows[:6]:
         turns = [(turn["role"], turn["content"]) for turn in row["messages"]] if "messages" in row else list(row.items())
         shown.append({"turns": [{"who": who, "text": text if len(text) <= 300 else text[:300] + " …"} for who, text in turns]})
     return json.loads(json.dumps(shown))

@@ -1,0 +1,1 @@
+"""The small bundled bases and the scripts that made them."""
