@@ -7,7 +7,6 @@ from lora_studio import settings
 from lora_studio.errors import SpecError
 from lora_studio.home import presets_folder
 
-
 FIRST = "demo/pirate"
 
 
