@@ -99,9 +99,18 @@ class Trainer:
 
     def run(self) -> Outcome:
         """Train from wherever the run stands to its end, or until someone asks to stop."""
+        try:
+            return self._run()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            step = self.at.step + 1
+            raise MachineError("machine.memory", device=_device_of(self.model), step=step, advice=self._advice()) from error
+
+    def _run(self) -> Outcome:
         self.began = time.monotonic() - self.at.seconds
         if self.at.step == 0:
-            self._sample(0)
+            self._before()
         while self.at.step < self.steps and not self._is_patience_over():
             outcome = self._step()
             if outcome is not None:
@@ -111,6 +120,14 @@ class Trainer:
         early = f"Stopped early: no better validation loss for {self.spec.validation.patience} validations."
         return self._finish(early if self.at.step < self.steps else "")
 
+    def _before(self) -> None:
+        """What the untouched base says and loses: the mark that training is measured against."""
+        self._sample(0)
+        if self.task.held_out:
+            loss = self.evaluate()
+            if self.first:
+                self.desk.emit("eval", step=0, loss=loss, best=False)
+
     def _step(self) -> Outcome | None:
         """One optimizer step; an Outcome when someone asked to stop before it was complete."""
         started, step = time.monotonic(), self.at.step
@@ -119,12 +136,7 @@ class Trainer:
         self.method.before_step(self.model, step, self.steps)
         factor = optim.factor(self.spec.schedule, step, self.steps)
         rates = optim.set_rates(self.optimizer, factor)
-        try:
-            loss, units = self._gradients(batches, step)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            raise MachineError("machine.memory", device=_device_of(self.model), step=step + 1, advice=self._advice()) from error
+        loss, units = self._gradients(batches, step)
         if loss is None:
             return self._stop()
         norm = self._clip()

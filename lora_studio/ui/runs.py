@@ -196,7 +196,7 @@ def entry(status: runs.Status, chosen: str | None) -> dict:
 def tiles_of(status: runs.Status, events: list[dict]) -> list[dict]:
     """The numbers of a run."""
     step = status.step_event or {}
-    judged = [event["loss"] for event in events if event["kind"] == "eval"]
+    judged = [event["loss"] for event in events if event["kind"] == "eval" and event["step"]]
     found = [
         ("state", status.state),
         ("step", f"{status.step} / {status.steps}" if status.steps else None),

@@ -95,7 +95,7 @@ def test_it_learns_validates_samples_and_saves(tmp_path):
     outcome = made.run()
     losses = [fields["loss"] for fields in made.desk.of("step")]
     assert outcome.state == "done" and len(losses) == 20 and losses[-1] < losses[0]
-    assert [fields["step"] for fields in made.desk.of("eval")] == [5, 10, 15, 20]
+    assert [fields["step"] for fields in made.desk.of("eval")] == [0, 5, 10, 15, 20]
     assert [fields["step"] for fields in made.desk.of("sample")] == [0, 10, 20]
     assert checkpoint.steps(tmp_path)[-1] == 20
     assert {"lr_other", "grad_norm", "tokens_per_second", "memory", "seconds_left", "epoch"} <= set(made.desk.of("step")[0])
@@ -152,7 +152,7 @@ def test_accumulated_batches_equal_one_large_batch(tmp_path):
 
 def test_the_best_weights_are_kept_and_no_better_loss_stops_early(tmp_path):
     made = trainer(tmp_path, validation={"every": 1, "patience": 3})
-    losses = iter([5.0, 3.0, 4.0, 4.5, 4.2, 1.0])
+    losses = iter([9.0, 5.0, 3.0, 4.0, 4.5, 4.2, 1.0])
     made.evaluate = lambda: next(losses)
     outcome = made.run()
     assert outcome.at.step == 5 and outcome.at.best_step == 2 and outcome.best and "no better validation loss" in outcome.reason

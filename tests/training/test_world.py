@@ -23,4 +23,4 @@ def test_two_processes_make_the_steps_of_one(workspace, base, chat_rows, free_po
         events = runs.read_all(folder)
         assert events[-1]["kind"] == "done", done.stdout + done.stderr
         found.append([event["loss"] for event in events if event["kind"] in ("step", "eval")])
-    assert len(found[0]) == 15 and found[0] == pytest.approx(found[1], rel=1e-5)
+    assert len(found[0]) == 16 and found[0] == pytest.approx(found[1], rel=1e-5)
