@@ -13,6 +13,7 @@ import secrets
 import threading
 import time
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from lora_studio import durable, settings
@@ -24,7 +25,7 @@ LIFE = {"queued", "launched", "started", "resumed", "done", "stopped", "failed"}
 ENDED = {"done", "stopped", "failed"}
 PROGRESS = {"step", "eval", "sample", "saved"}
 FLUSH_SECONDS = 0.5
-TAIL_BYTES = 128 * 1024
+TAIL_BYTES = 64 * 1024
 
 
 def create(workspace: Workspace, spec: TrainSpec) -> Path:
@@ -236,18 +237,23 @@ def is_live(folder: Path) -> bool:
     return durable.is_locked(folder / "run.lock")
 
 
-def _tail(folder: Path) -> list[dict]:
-    """The last events of a run, enough to know its state."""
+def _tail(folder: Path) -> tuple[dict, ...]:
+    """The last events of a run, enough to know its state. Read again only when the file has changed."""
     try:
-        size = (folder / "events.jsonl").stat().st_size
+        found = (folder / "events.jsonl").stat()
     except FileNotFoundError:
-        return []
+        return ()
+    return _tail_of(folder, found.st_size, found.st_mtime_ns)
+
+
+@lru_cache(maxsize=1024)
+def _tail_of(folder: Path, size: int, changed: int) -> tuple[dict, ...]:
     start = max(0, size - TAIL_BYTES)
     with open(folder / "events.jsonl", "rb") as file:
         file.seek(start)
-        block = file.read()
+        block = file.read(size - start)
     lines = block[: block.rfind(b"\n") + 1].splitlines()
-    return fold([json.loads(line) for line in lines[1 if start else 0 :] if line])
+    return tuple(fold([json.loads(line) for line in lines[1 if start else 0 :] if line]))
 
 
 def log_tail(folder: Path, size: int = 16 * 1024) -> str:

@@ -119,9 +119,10 @@ def log(workspace: Workspace, id: str, size: int = 16 * 1024) -> str:
     return runs.log_tail(workspace.run_folder(id), size)
 
 
-def samples(workspace: Workspace, id: str) -> list[dict]:
-    """The sample answers of a run: {step, prompt, answer}, oldest first."""
-    return [event for event in events(workspace, id) if event["kind"] == "sample"]
+def log_size(workspace: Workspace, id: str) -> int:
+    """The bytes of a run's log so far."""
+    file = workspace.run_folder(id) / "log.txt"
+    return file.stat().st_size if file.exists() else 0
 
 
 def stop(workspace: Workspace, id: str, *, save: bool = True) -> str:

@@ -71,6 +71,8 @@ def _connect_tabs(pages: gr.Blocks, tabs: gr.Tabs, by_name: dict, run: Runs) -> 
 def serve(*, host: str = "127.0.0.1", port: int = 7860, block: bool = True):
     """Serve the studio. Anything but a loopback address is for networks you trust: there is no sign-in yet."""
     workspace = local()
+    # Uploads pass through here; Gradio's own default is one folder for everybody on the machine.
+    os.environ.setdefault("GRADIO_TEMP_DIR", str(workspace.root / "gradio"))
     pages = build(workspace)
     hosts = guard.LOOPBACK if host in guard.LOOPBACK else ()
     studio.pump()

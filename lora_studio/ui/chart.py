@@ -15,15 +15,18 @@ MOST = 4000
 
 @dataclass
 class _Curve:
-    """What one run has reported so far; `turn` counts how often a resumed attempt voided points."""
+    """What one run has reported so far; `turn` counts how often a resumed attempt voided points. `told` is everything
+    that is not a step, folded."""
 
     offset: int = 0
     turn: int = 0
     steps: list[tuple] = field(default_factory=list)
     judged: list[tuple] = field(default_factory=list)
+    told: list[dict] = field(default_factory=list)
 
     def take(self, events: list[dict]) -> None:
         """Add events."""
+        self.told = runs.fold([*self.told, *(event for event in events if event["kind"] != "step")])
         for event in events:
             if event["kind"] == "step":
                 self.steps.append((event["step"], event["loss"], event.get("lr_A", 0.0), event.get("lr_B", 0.0)))
@@ -51,15 +54,28 @@ class Curves:
         except (TypeError, ValueError, StudioError):
             return "{}"
         with self.guard:
-            curve = self.curves.setdefault(folder.name, _Curve())
-            events, curve.offset = runs.read(folder, curve.offset)
-            curve.take(events)
+            curve = self._read(folder)
             if turn != curve.turn:
                 have = have_judged = 0
             steps, judged = thin(curve.steps[have:]), curve.judged[have_judged:]
             answer = {"turn": curve.turn, "n": len(curve.steps), "m": len(curve.judged), "fresh": have == 0}
         answer |= {"points": [value for row in steps for value in row], "judged": [value for row in judged for value in row]}
         return json.dumps(answer | {"state": studio.show(self.workspace, folder.name).state}, separators=(",", ":"))
+
+    def _read(self, folder) -> _Curve:
+        curve = self.curves.setdefault(folder.name, _Curve())
+        while True:
+            events, after = runs.read(folder, curve.offset)
+            if after == curve.offset:
+                return curve
+            curve.offset = after
+            curve.take(events)
+
+    def told(self, id: str) -> list[dict]:
+        """Everything a run reported but its steps. Raises RunError."""
+        folder = self.workspace.run_folder(id)
+        with self.guard:
+            return list(self._read(folder).told)
 
 
 def thin(rows: list[tuple]) -> list[tuple]:

@@ -53,6 +53,8 @@ class Runs:
         gr.Markdown("## Runs")
         self.chosen = gr.State(None)
         self.asking = gr.State(False)
+        self.seen = gr.State(None)
+        self.curves = Curves(self.workspace)
         with gr.Row(equal_height=False):
             with gr.Column(scale=2, min_width=280):
                 self.list = theme.Shown([], html_template=LIST, css_template=LIST_CSS, js_on_load=LIST_SCRIPT, elem_classes="flush", elem_id="runs")
@@ -62,7 +64,7 @@ class Runs:
 
     def _detail(self) -> None:
         self.tiles = theme.tiles(elem_id="run-tiles")
-        self.chart = LiveChart(None, curves=Curves(self.workspace), container=True, padding=True, elem_id="chart")
+        self.chart = LiveChart(None, curves=self.curves, container=True, padding=True, elem_id="chart")
         with gr.Row():
             self.stop = gr.Button("Stop", variant="stop", size="md", interactive=False)
             self.resume = gr.Button("Resume", size="md", interactive=False)
@@ -96,7 +98,7 @@ class Runs:
     def connect(self, train, tabs) -> None:
         """Let the parts act."""
         self.list.pick(self.pick, None, self.opened, **QUIET)
-        self.timer.tick(self.refresh, [self.chosen, self.asking], self.shown, queue=False, **QUIET)
+        self.timer.tick(self.tick, [self.chosen, self.asking, self.seen], [self.seen, *self.shown], queue=False, **QUIET)
         self.stop.click(self.ask, self.chosen, [self.asking, self.box, self.question], **QUIET)
         for button, save in ((self.save, True), (self.discard, False)):
             button.click(self.end_saving if save else self.end_discarding, self.chosen, [self.asking, self.box], api_visibility="private", show_progress="hidden")
@@ -123,6 +125,18 @@ class Runs:
         """The run that was clicked."""
         return self.open(str(event.id))
 
+    def tick(self, id: str | None, asking: bool, seen: str | None) -> list:
+        """The same as `refresh`, or nothing where nothing has happened since."""
+        found = studio.list_runs(self.workspace)
+        now = repr([(status.id, status.state, status.step, status.changed) for status in found] + [id, asking, self._log_size(id)])
+        return [seen, *[gr.skip()] * len(self.shown)] if now == seen else [now, *self.refresh(id, asking)]
+
+    def _log_size(self, id: str | None) -> int:
+        try:
+            return studio.log_size(self.workspace, id) if id else 0
+        except StudioError:
+            return 0
+
     def refresh(self, id: str | None, asking: bool) -> list:
         """The list, and what the chosen run does now."""
         found = studio.list_runs(self.workspace)
@@ -130,7 +144,7 @@ class Runs:
         status = next((status for status in found if status.id == id), None)
         if status is None:
             return [listed, [], [], [], "", *[gr.update(interactive=False)] * 4, gr.update(visible=False)]
-        events = studio.events(self.workspace, status.id)
+        events = self.curves.told(status.id)
         live = status.is_live or status.state == "queued"
         ready = next((event for event in reversed(events) if event["kind"] == "saved" and event["what"].startswith("adapter")), None)
         return [

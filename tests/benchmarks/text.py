@@ -95,7 +95,7 @@ def lora_config():
     return LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=TARGETS, task_type="CAUSAL_LM")
 
 
-# Our side: the one place to change when the studio's own loop takes over
+# Our side
 
 
 def own_model(size: Size, dtype: torch.dtype):
@@ -125,20 +125,52 @@ def own_step(model, documents: list[list[int]]) -> torch.Tensor:
 
 
 def train_ours(steps: int, meter: "Meter", size: Size) -> None:
-    """Our loop: step, clip, AdamW."""
-    from lora_studio.training import fused
+    """The studio's own loop over its own task: everything a run does at a step, reports included."""
+    from peft import get_peft_model
 
-    fused.keep_memory()
-    model, data = own_model(size, torch.bfloat16), samples((steps + WARM_UP) * BATCH, seed=7, size=size)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
-    meter.begin()
-    for step in range(steps + WARM_UP):
-        loss = own_step(model, data[step * BATCH : (step + 1) * BATCH])
-        torch.nn.utils.clip_grad_norm_(trained, 1.0, foreach=True)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        meter.mark(loss.item())
+    from lora_studio.spec import parse
+    from lora_studio.training import encode, loop, text
+    from lora_studio.training.methods import METHODS
+
+    tree = {
+        "data": [{"path": "x"}], "task": {"kind": "text", "max_length": LONGEST}, "optim": {"lr": 1e-4}, "validation": {"size": 0},
+        "schedule": {"kind": "linear", "steps": steps + WARM_UP, "warmup": 0, "batch_size": BATCH}, "compute": {"precision": "bf16"},
+        "output": {"checkpoint_every": 10**6},
+    }  # fmt: skip
+    task = text.TextTask(parse(tree), device="cpu", note=print)
+    model = get_peft_model(base(size, torch.bfloat16), lora_config())
+    documents = samples((steps + WARM_UP) * BATCH, seed=7, size=size)
+    task.counts, task.weights, task.held_out = (len(documents),), (1.0,), 0
+    task.encoded = encode.Encoded(train=[[encode.Example(tuple(row), (True,) * len(row)) for row in documents]], held_out=[])
+    task.prepare(model)
+    with tempfile.TemporaryDirectory() as place:
+        trainer = loop.Trainer(task, METHODS["lora"], model, task.spec, _Marks(meter), Path(place))
+        # The run's order puts the rows into other steps; here each step must see what the others' steps see.
+        shuffled = trainer.plan.epoch(0)
+        rows = dict(zip((index for _, index in shuffled), task.encoded.train[0], strict=True))
+        task.encoded.train[0] = [rows[index] for index in range(len(rows))]
+        meter.begin()
+        trainer.run()
+
+
+class _Marks:
+    """Where the loop reports: a mark of the meter at every step."""
+
+    def __init__(self, meter: "Meter"):
+        self.meter = meter
+
+    def emit(self, kind: str, **fields) -> None:
+        if kind == "step":
+            self.meter.mark(fields["loss"])
+
+    def flush(self) -> None:
+        """Nothing is kept here."""
+
+    def asked(self, request: str) -> None:
+        """Nobody asks."""
+
+    def answered(self, request: str) -> None:
+        """Nobody asked."""
 
 
 # Their sides
