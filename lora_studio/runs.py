@@ -153,7 +153,8 @@ def fold(events: list[dict]) -> list[dict]:
 
 @dataclass(frozen=True)
 class Status:
-    """What a run is doing, derived from its folder. `reason` says in words why it ended."""
+    """What a run is doing, derived from its folder. `reason` says in words why it ended, `place` its place in the queue
+    (1 is next)."""
 
     id: str
     name: str
@@ -168,6 +169,7 @@ class Status:
     created: float = 0.0
     changed: float = 0.0
     reason: str = ""
+    place: int = 0
     step_event: dict | None = None
 
     @property
@@ -175,14 +177,15 @@ class Status:
         return self.state in ("starting", "running", "stopping")
 
 
-def status(folder: Path, *, queued: bool = False) -> Status:
-    """The state of a run: its last event, checked against the lock its worker holds while it lives."""
+def status(folder: Path, *, place: int = 0) -> Status:
+    """The state of a run: its last event, checked against the lock its worker holds while it lives. `place` is its place
+    in the queue, if it waits."""
     card = durable.read_json(folder / "card.json", {})
     events = _tail(folder)
     life = next((event for event in reversed(events) if event["kind"] in LIFE), None)
     step = next((event for event in reversed(events) if event["kind"] == "step"), {})
     judged = next((event for event in reversed(events) if event["kind"] == "eval"), {})
-    state, reason = _state(folder, life, bool(step), queued)
+    state, reason = _state(folder, life, bool(step), place > 0)
     started = life or {}
     return Status(
         id=folder.name,
@@ -198,6 +201,7 @@ def status(folder: Path, *, queued: bool = False) -> Status:
         created=card.get("created", 0.0),
         changed=events[-1]["time"] if events else card.get("created", 0.0),
         reason=reason,
+        place=place if state == "queued" else 0,
         step_event=step or None,
     )
 

@@ -94,14 +94,18 @@ def pump() -> list[str]:
 
 def list_runs(workspace: Workspace) -> list[runs.Status]:
     """Every run, newest first."""
-    waits = {folder.name for folder in queue.waiting()}
-    return [runs.status(folder, queued=folder.name in waits) for folder in workspace.run_folders()]
+    waiting = queue.waiting()
+    return [runs.status(folder, place=_place(folder, waiting)) for folder in workspace.run_folders()]
+
+
+def _place(folder: Path, waiting: list[Path]) -> int:
+    return waiting.index(folder) + 1 if folder in waiting else 0
 
 
 def show(workspace: Workspace, id: str) -> runs.Status:
     """What one run is doing. Raises RunError."""
     folder = workspace.run_folder(id)
-    return runs.status(folder, queued=folder in queue.waiting())
+    return runs.status(folder, place=_place(folder, queue.waiting()))
 
 
 def spec_of(workspace: Workspace, id: str) -> TrainSpec:

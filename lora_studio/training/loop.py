@@ -34,6 +34,9 @@ class Task(Protocol):
     def units(self, batch: Any) -> float:
         """What the loss is averaged over: learnt tokens, or pictures."""
 
+    def size(self, batch: Any) -> int:
+        """What goes through the model: tokens, or pictures. Speed is told in these."""
+
     def loss(self, model, batch: Any) -> torch.Tensor:
         """The loss summed over the batch's units, with its graph."""
 
@@ -136,7 +139,7 @@ class Trainer:
         self.method.before_step(self.model, step, self.steps)
         factor = optim.factor(self.spec.schedule, step, self.steps)
         rates = optim.set_rates(self.optimizer, factor)
-        loss, units = self._gradients(batches, step)
+        loss, size = self._gradients(batches, step)
         if loss is None:
             return self._stop()
         norm = self._clip()
@@ -144,19 +147,20 @@ class Trainer:
         self.optimizer.step()
         self.method.after_step(self.model, step, self.steps)
         self.optimizer.zero_grad(set_to_none=True)
-        self.at.step, self.at.tokens = step + 1, self.at.tokens + int(units)
-        self._report(loss, norm, rates, units, time.monotonic() - started)
+        self.at.step, self.at.tokens = step + 1, self.at.tokens + size
+        self._report(loss, norm, rates, size, time.monotonic() - started)
         return None
 
-    def _gradients(self, batches: list, step: int) -> tuple[float | None, float]:
-        """Add up the gradients of a step, weighted by units over all its batches; (None, 0) when asked to stop."""
+    def _gradients(self, batches: list, step: int) -> tuple[float | None, int]:
+        """Add up the gradients of a step, weighted by units over all its batches. Returns the loss per unit and the size of
+        the step; (None, 0) when asked to stop."""
         prepared = [self.task.collate(draws) for draws in batches if draws]
         units = self._sum(sum(self.task.units(batch) for batch in prepared))
         total = 0.0
         for number, batch in enumerate(prepared):
             if self.world is None and self._asked("stop"):
                 self.optimizer.zero_grad(set_to_none=True)
-                return None, 0.0
+                return None, 0
             torch.manual_seed(key(self.spec.compute.seed, "step", step, number))
             loss = self.task.loss(self.model, batch) / units
             loss.backward()
@@ -164,10 +168,10 @@ class Trainer:
         if self.world is not None:
             if self._sum(float(self._asked("stop"))):
                 self.optimizer.zero_grad(set_to_none=True)
-                return None, 0.0
+                return None, 0
             for parameter in self.parameters.values():
                 parameter.grad = self.world.reduce(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad, "sum")
-        return self._sum(total), units
+        return self._sum(total), int(self._sum(sum(self.task.size(batch) for batch in prepared)))
 
     def _share(self, draws: list[Draw]) -> list[Draw]:
         """The rows of a batch that fall to this process."""
@@ -192,8 +196,8 @@ class Trainer:
             if not math.isfinite(value):
                 raise TrainingError("training.not_finite", what=what, value=value, step=step + 1, good=step, lr=self.spec.optim.lr)
 
-    def _report(self, loss: float, norm: float, rates: dict, units: float, seconds: float) -> None:
-        self.recent = [*self.recent[-19:], (seconds, units)]
+    def _report(self, loss: float, norm: float, rates: dict, size: int, seconds: float) -> None:
+        self.recent = [*self.recent[-19:], (seconds, size)]
         per_step = sum(second for second, _ in self.recent) / len(self.recent)
         self.at.seconds = time.monotonic() - self.began
         if self.first:
@@ -204,7 +208,7 @@ class Trainer:
                 loss=loss,
                 grad_norm=norm,
                 **{f"lr_{role}": rate for role, rate in rates.items()},
-                tokens_per_second=round(sum(unit for _, unit in self.recent) / max(1e-9, per_step * len(self.recent)), 1),
+                tokens_per_second=round(sum(tokens for _, tokens in self.recent) / max(1e-9, per_step * len(self.recent)), 1),
                 memory=memory_used(_device_of(self.model)),
                 seconds_left=round((self.steps - self.at.step) * per_step, 1),
                 epoch=round(self.stream.epoch_at(self.at.step), 3),

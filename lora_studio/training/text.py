@@ -27,6 +27,7 @@ class Batch:
     padded: dict[str, torch.Tensor] | None
     places: torch.Tensor
     targets: torch.Tensor
+    tokens: int
 
 
 class TextTask:
@@ -102,8 +103,13 @@ class TextTask:
         """The number of learnt tokens."""
         return float(len(batch.targets))
 
+    def size(self, batch: Batch) -> int:
+        """The number of tokens, padding not counted."""
+        return batch.tokens
+
     def _batch(self, examples: list[Example]) -> Batch:
         width = max(len(example.ids) for example in examples)
+        tokens = sum(len(example.ids) for example in examples)
         places, targets, start = [], [], 0
         for example in examples:
             for at in range(1, len(example.ids)):
@@ -114,13 +120,13 @@ class TextTask:
         where = torch.tensor(places, device=self.device)
         what = torch.tensor(targets, device=self.device)
         if self.fast:
-            return Batch(packed.concatenate([list(example.ids) for example in examples], device=self.device), None, where, what)
+            return Batch(packed.concatenate([list(example.ids) for example in examples], device=self.device), None, where, what, tokens)
         ids = torch.zeros(len(examples), width, dtype=torch.long)
         mask = torch.zeros_like(ids)
         for row, example in enumerate(examples):
             ids[row, : len(example.ids)] = torch.tensor(example.ids)
             mask[row, : len(example.ids)] = 1
-        return Batch(None, {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}, where, what)
+        return Batch(None, {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}, where, what, tokens)
 
     def loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         """Minus the log-likelihood of the learnt tokens, summed."""

@@ -202,7 +202,8 @@ class Runs:
 def entry(status: runs.Status, chosen: str | None) -> dict:
     """A run in the list."""
     share = f"{100 * status.step // status.steps} %" if status.steps else ""
-    detail = " · ".join(part for part in (status.state, share if status.is_live else "", time.strftime("%d %b %H:%M", time.localtime(status.created))) if part)
+    state = f"queued, number {status.place} in line" if status.place else status.state
+    detail = " · ".join(part for part in (state, share if status.is_live else "", time.strftime("%d %b %H:%M", time.localtime(status.created))) if part)
     loss = "" if status.loss is None else f"{status.loss:.3f}"
     return {"id": status.id, "name": status.name, "state": status.state, "symbol": SYMBOLS.get(status.state, "?"), "detail": detail, "loss": loss, "chosen": "true" if status.id == chosen else "false"}
 

@@ -135,5 +135,5 @@ def sentences(**options) -> gr.HTML:
 
 
 def said(level: str, sentence: str, path: str = "") -> dict:
-    """One entry of `sentences`."""
-    return {"level": level, "path": path, "sentence": sentence, "sign": SIGNS[level]}
+    """One entry of `sentences`; the path stands before it unless the sentence begins with it."""
+    return {"level": level, "path": "" if sentence.startswith(path) else path, "sentence": sentence, "sign": SIGNS[level]}

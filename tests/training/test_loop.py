@@ -34,6 +34,9 @@ class Denoising:
     def units(self, batch):
         return float(len(batch[0]))
 
+    def size(self, batch):
+        return len(batch[0])
+
     def loss(self, model, batch):
         loss = (model(batch[0]) - batch[1]).square().mean(-1).sum()
         return loss if self.poison is None else loss * self.poison
