@@ -146,9 +146,15 @@ def fold(events: list[dict]) -> list[dict]:
     kept: list[dict] = []
     for event in events:
         if event["kind"] == "resumed":
-            kept = [row for row in kept if row["kind"] not in PROGRESS or row["step"] <= event["step"]]
+            kept = [row for row in kept if row["kind"] not in PROGRESS or is_kept(row["step"], event)]
         kept.append(event)
     return kept
+
+
+def is_kept(step: int, resumed: dict) -> bool:
+    """Whether progress of that step stands after a `resumed`. Resumed at 0 is started again: nothing stands, not even what
+    was said before the first step."""
+    return 0 < resumed["step"] and step <= resumed["step"]
 
 
 @dataclass(frozen=True)

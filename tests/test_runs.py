@@ -54,6 +54,15 @@ def test_a_resumed_run_voids_the_later_rows_of_the_cut_attempt(folder):
     assert kept == [("step", 1, 1.0), ("step", 2, 2.0), ("resumed", 2, None), ("step", 3, 30.0)]
 
 
+def test_a_run_that_starts_again_voids_everything_even_what_was_said_before_its_first_step(folder):
+    with runs.Events(folder) as events:
+        events.emit("sample", step=0, prompt="a", answer="b")
+        events.emit("eval", step=0, loss=1.0, best=False)
+        events.emit("resumed", step=0, words="")
+        events.emit("sample", step=0, prompt="a", answer="b")
+    assert [event["kind"] for event in runs.read_all(folder)] == ["resumed", "sample"]
+
+
 def test_the_state_is_what_the_lock_says(folder):
     lock = durable.Lock(folder / "run.lock")
     assert lock.take() and runs.status(folder).state == "starting"

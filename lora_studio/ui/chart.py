@@ -33,8 +33,8 @@ class _Curve:
             elif event["kind"] == "eval":
                 self.judged.append((event["step"], event["loss"]))
             elif event["kind"] == "resumed":
-                self.steps = [row for row in self.steps if row[0] <= event["step"]]
-                self.judged = [row for row in self.judged if row[0] <= event["step"]]
+                self.steps = [row for row in self.steps if runs.is_kept(row[0], event)]
+                self.judged = [row for row in self.judged if runs.is_kept(row[0], event)]
                 self.turn += 1
 
 

@@ -155,8 +155,11 @@ def test_a_run_without_any_checkpoint_starts_again_and_says_so(workspace, base, 
     train(whole)
     with runs.Events(cut) as events:
         events.emit("started", steps=12)
+        events.emit("sample", step=0, prompt="red fox?", answer="from the cut attempt")
+        events.emit("eval", step=0, loss=9.0, best=False)
         events.emit("step", step=1, steps=12, loss=1.0)
     told = train(cut)
+    assert [event["kind"] for event in told if event.get("step") == 0] == ["resumed", "sample", "eval"]
     assert [event["step"] for event in told if event["kind"] == "step"] == list(range(1, 13))
     assert adapter_bytes(cut) == adapter_bytes(whole)
 
