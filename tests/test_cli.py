@@ -107,3 +107,31 @@ def test_the_doctor_sees_a_driver_without_a_cuda_build_and_a_foreign_torchvision
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(doctor.importlib.metadata, "version", lambda name: versions[name])
     assert doctor._torchvision().remedy == "pip uninstall torchvision"
+
+
+def test_serve_answers_its_own_page_and_no_stranger(home, free_port):
+    import time
+    import urllib.error
+    import urllib.request
+
+    process = subprocess.Popen([sys.executable, "-m", "lora_studio", "serve", "--port", str(free_port)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    url, until = f"http://127.0.0.1:{free_port}/", time.monotonic() + 60
+    try:
+        while True:
+            try:
+                assert urllib.request.urlopen(url, timeout=2).status == 200
+                break
+            except urllib.error.URLError:
+                assert time.monotonic() < until and process.poll() is None
+                time.sleep(0.2)
+        for headers, method in (({"Host": "evil.com"}, "GET"), ({"Origin": "http://evil.com"}, "POST")):
+            request = urllib.request.Request(url + "gradio_api/upload", headers=headers, method=method, data=b"" if method == "POST" else None)
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                urllib.request.urlopen(request, timeout=5)
+            assert refused.value.code == 403
+        with pytest.raises(urllib.error.HTTPError) as missing:
+            urllib.request.urlopen(url + "studio/adapter/..%2f..%2fetc", timeout=5)
+        assert missing.value.code == 404
+    finally:
+        process.terminate()
+        process.wait(20)
