@@ -154,7 +154,7 @@ def fold(events: list[dict]) -> list[dict]:
 def is_kept(step: int, resumed: dict) -> bool:
     """Whether progress of that step stands after a `resumed`. Resumed at 0 is started again: nothing stands, not even what
     was said before the first step."""
-    return 0 < resumed["step"] and step <= resumed["step"]
+    return resumed["step"] > 0 and step <= resumed["step"]
 
 
 @dataclass(frozen=True)
