@@ -1,0 +1,1 @@
+"""Speed and memory against other trainers, run by name."""
