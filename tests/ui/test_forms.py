@@ -49,7 +49,7 @@ def test_what_cannot_be_read_is_a_sentence(pages):
     shown[pages.form["data"]] = "- path: [x"
     assert pages.assess(shown, deep=False)[1][0]["sentence"].startswith("Sources is not readable as YAML")
     shown[pages.form["data"]] = ""
-    assert "data" in pages.assess(shown, deep=False)[1][0]["path"]
+    assert pages.assess(shown, deep=False)[1][0]["sentence"].startswith("data is []; it needs at least 1")
 
 
 def test_the_pages_leave_torch_alone():
