@@ -12,7 +12,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lora_studio import __version__, doctor, presets, settings, studio
+from lora_studio import __version__, cli_shelf, doctor, presets, settings, studio
+from lora_studio.cli_shelf import answer
 from lora_studio.errors import RunError, SpecError, StudioError
 from lora_studio.runs import Status
 from lora_studio.workspace import local
@@ -50,11 +51,6 @@ def _fail(error: StudioError, wants_json: bool) -> None:
         print(json.dumps({"error": str(error), "problems": problems}, ensure_ascii=False))
     say.print(str(error))
     sys.exit(1)
-
-
-def answer(value: Any, as_json: bool, text: str) -> None:
-    """Print the value as JSON, or the text."""
-    print(json.dumps(value, ensure_ascii=False, indent=1, default=str) if as_json else text)
 
 
 # ---- flags from the spec
@@ -283,6 +279,9 @@ def serve(
     if as_json:
         print(json.dumps({"url": f"http://{host}:{port}"}), flush=True)
     ui.serve(host=host, port=port)
+
+
+cli_shelf.register(app)
 
 
 def command() -> click.Group:

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from lora_studio.errors import MachineError
+from lora_studio.home import home
 
 
 @cache
@@ -28,6 +29,11 @@ def resolve(device: str) -> str:
     if wanted not in known():
         raise MachineError("machine.no_device", device=wanted, known=", ".join(known()))
     return wanted
+
+
+def device_lock(device: str) -> Path:
+    """The lock file of a device; who holds it computes there."""
+    return home() / "locks" / f"{device.replace(':', '-')}.lock"
 
 
 @cache

@@ -5,7 +5,8 @@ from pathlib import Path
 from lora_studio import durable, runs
 from lora_studio.errors import StudioError
 from lora_studio.home import home
-from lora_studio.jobs import devices, local
+from lora_studio.jobs import bench, local
+from lora_studio.jobs.devices import device_lock
 from lora_studio.workspace import Workspace
 
 
@@ -62,7 +63,7 @@ def _start(folder: Path) -> bool:
     in which the run could be started twice."""
     device = durable.read_json(folder / "card.json", {}).get("device", "cpu")
     place = durable.Lock(device_lock(device))
-    if not place.take(wait=0.05):
+    if not place.take(wait=0.05) and not (bench.make_room(folder, device=device) and place.take(wait=0.5)):
         return False
     run = durable.Lock(folder / "run.lock")
     try:
@@ -77,13 +78,3 @@ def _start(folder: Path) -> bool:
     finally:
         run.release()
         place.release()
-
-
-def device_lock(device: str) -> Path:
-    """The lock file of a device; who holds it computes there."""
-    return home() / "locks" / f"{device.replace(':', '-')}.lock"
-
-
-def check_device(device: str) -> str:
-    """The device meant, or MachineError."""
-    return devices.resolve(device)

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import torch
 
-from lora_studio import durable, runs
+from lora_studio import durable, library, runs
 from lora_studio.errors import TrainingError
 from lora_studio.spec import to_tree
 from lora_studio.training import checkpoint, loop, text
 from lora_studio.training.methods import METHODS
+from lora_studio.workspace import Workspace
 
 TASKS = {"chat": text.TextTask, "prompt_completion": text.TextTask, "text": text.TextTask}
 
@@ -107,8 +108,24 @@ def _conclude(folder: Path, desk: loop.Desk, trainer: loop.Trainer, outcome: loo
         desk.emit("saved", step=at.step, what=what)
     last = {"step": at.step, "steps": trainer.steps, "loss": at.best_loss if outcome.best else at.validation}
     if outcome.state == "done":
+        desk.emit("note", text=f"It is in the library as {_shelve(folder, trainer, outcome)}.")
         desk.emit("done", **last, adapter_step=at.best_step if outcome.best else at.step, seconds=round(at.seconds, 1), reason=outcome.reason)
     else:
         kept = "saved" if outcome.saved else "nothing new was saved"
         desk.emit("stopped", **last, saved=outcome.saved, reason=f"Stopped on request at step {at.step}; {kept}.")
     desk.answered("stop")
+
+
+def _shelve(folder: Path, trainer: loop.Trainer, outcome: loop.Outcome) -> str:
+    """Put a finished adapter into the library of its workspace. Returns its id."""
+    spec, at = trainer.spec, outcome.at
+    facts = {
+        "name": spec.name,
+        "base": spec.base.id,
+        "base_revision": spec.base.revision,
+        "base_print": trainer.task.prints["base"],
+        "data": {"print": trainer.task.prints["rows"], "sources": [source.path for source in spec.data]},
+        "metrics": {"step": at.best_step if outcome.best else at.step, "validation_loss": at.best_loss if outcome.best else at.validation},
+        "run": folder.name,
+    }
+    return library.add(Workspace(folder.parent.parent), folder / "adapter", facts)

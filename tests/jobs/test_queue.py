@@ -120,7 +120,7 @@ def test_a_run_whose_processes_all_vanish_is_failed_with_its_last_line(workspace
     os.killpg(durable.read_json(folder / "process.json")["pid"], signal.SIGKILL)
     wait_for(lambda: not runs.is_live(folder))
     status = studio.show(workspace, id)
-    assert status.state == "failed" and "vanished" in status.reason and "/4000 loss" in status.reason
+    assert status.state == "failed" and "vanished" in status.reason and "Its last log line: s" in status.reason
     local.reap()
     assert not local.processes(folder)
 

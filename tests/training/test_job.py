@@ -111,6 +111,17 @@ def test_the_same_spec_gives_the_same_bytes_and_another_seed_others(workspace, b
     assert (first / "adapter" / "adapter_config.json").read_bytes() == (second / "adapter" / "adapter_config.json").read_bytes()
 
 
+def test_a_finished_adapter_is_in_the_library_with_where_it_comes_from(workspace, base, chat_rows):
+    from lora_studio import library
+
+    folder = run_of(workspace, tiny.tree(base, chat_rows))
+    train(folder)
+    item = library.find(workspace)[0]
+    card = library.card(workspace, item.id)
+    assert (item.name, item.run, item.rank, card["base"]) == ("tiny", folder.name, 4, str(base))
+    assert card["metrics"]["validation_loss"] > 0 and len(card["data"]["print"]) == 64 and card["base_print"]
+
+
 def test_packed_and_padded_training_agree(workspace, base, chat_rows):
     tree = tiny.tree(base, chat_rows)
     losses = []

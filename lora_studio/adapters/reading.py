@@ -1,0 +1,249 @@
+"""Read adapters: `inspect` from headers, without torch; `read` with all values, each of them looked at."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from lora_studio.adapters import config as configs
+from lora_studio.adapters import dialects
+from lora_studio.adapters.card import Adapter, Card, Layer
+from lora_studio.adapters.files import FLOATS, Entry, Header, locate, read_header, shown
+from lora_studio.errors import AdapterError, Problem
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lora_studio.lowrank import LowRank
+
+# How A and B may start without changing the base; every other way (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ, ...) does or might.
+KEEPS_BASE = {True, False, "gaussian", "eva", "orthogonal", "mica"}
+# Settings that make the update something else than scale · B @ A on the layers' weights.
+VARIANTS = {
+    "layer_replication": "repeated layers", "target_parameters": "adapted parameters (target_parameters)", "use_qalora": "QALoRA",
+    "use_bdlora": "BD-LoRA", "kasa_config": "KaSA", "alora_invocation_tokens": "activated LoRA", "monteclora_config": "MonteCLoRA",
+    "arrow_config": "Arrow routing", "trainable_token_indices": "trained tokens",
+}  # fmt: skip
+TORCH_NAMES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
+MOST = 5
+
+
+def inspect(source: Path | str | dict[str, bytes], *, config: dict | None = None) -> Card:
+    """What an adapter's headers say, with every problem they show. `config` gives or replaces fields of adapter_config.json, such as
+    a missing lora_alpha. Raises AdapterError when the file cannot be read as an adapter at all."""
+    place = locate(source)
+    with place.open() as (file, size):
+        header = read_header(place.label, file, size)
+    return _card(place.label, header, place.config, config)[0]
+
+
+def read(source: Path | str | dict[str, bytes], *, config: dict | None = None) -> Adapter:
+    """The adapter in a PEFT folder. Raises AdapterError with everything that is wrong with it."""
+    place = locate(source)
+    with place.open() as (file, size):
+        header = read_header(place.label, file, size)
+        card, names = _card(place.label, header, place.config, config)
+        _refuse([problem.sentence for problem in card.problems if problem.level == "error"])
+        tensors = {name: _tensor(file, header.tensors[name]) for name in header.tensors if card.extras.get(name) != "copy"}
+    modules = _modules(card, names, tensors)
+    _refuse(_problems_of_values(place.label, tensors, modules))
+    return Adapter(modules, {name: tensors[name] for name in card.extras if name in tensors}, card)
+
+
+def _refuse(sentences: list[str]) -> None:
+    if sentences:
+        raise AdapterError("adapter.problems", reason=" ".join(sentences))
+
+
+# ---- from the header
+
+
+def _card(label: str, header: Header, raw: bytes | None, given: dict | None) -> tuple[Card, dialects.Names]:
+    """The card, and which tensor is which factor. Raises AdapterError when it is no adapter."""
+    names = list(header.tensors)
+    form = dialects.format_of(names)
+    facts = {"bytes": header.size, "dtypes": tuple(sorted({entry.dtype for entry in header.tensors.values()}))}
+    facts["parameters"] = sum(entry.count for entry in header.tensors.values())
+    if form not in (None, "peft"):
+        return _image_card(label, form, header, facts), dialects.Names()
+    if raw is None and given is None:
+        if form is None:
+            raise _stranger(label, names)
+        raise AdapterError("adapter.no_config", path=label)
+    config, tree = configs.read(raw, given)
+    base = shown(config.base_model_name_or_path, 200)
+    if config.peft_type != "LORA":
+        method = shown(config.peft_type, 40)
+        problem = _problem(AdapterError("adapter.method", path=label, method=method))
+        return Card("peft", method.lower(), base, config=tree, problems=(problem,), **facts), dialects.Names()
+    if form is None:
+        raise _stranger(label, names)
+    found = dialects.split(names)
+    if not found.factors:
+        raise AdapterError("adapter.no_factors", path=label, name=shown(names[0]))
+    layers, problems = _layers(label, header, found, config)
+    problems += _problems_of_extras(label, found, config)
+    card = Card(
+        "peft",
+        "dora" if config.use_dora else "lora",
+        base,
+        revision=config.revision,
+        task_type=config.task_type,
+        rslora=config.use_rslora,
+        fan_in_fan_out=config.fan_in_fan_out,
+        layers=layers,
+        targets=tuple(sorted({name.rsplit(".", 1)[-1] for name in layers})),
+        extras=found.extras,
+        mutates="" if config.init_lora_weights in KEEPS_BASE else shown(config.init_lora_weights, 40),
+        variants=tuple(words for key, words in VARIANTS.items() if tree.get(key)),
+        config=tree,
+        problems=tuple(problems),
+        **facts,
+    )
+    return card, found
+
+
+def _stranger(label: str, names: list[str]) -> AdapterError:
+    if dialects.is_whole_model(names):
+        return AdapterError("adapter.whole_model", path=label)
+    return AdapterError("adapter.unknown_names", path=label, name=shown(names[0]))
+
+
+def _problem(error: AdapterError, level: Literal["error", "warning"] = "error") -> Problem:
+    return Problem("", str(error), level)
+
+
+def _image_card(label: str, form: str, header: Header, facts: dict) -> Card:
+    """A card for an adapter of an image model: recognised and named, not yet readable."""
+    family = dialects.family_of(list(header.tensors), header.metadata)
+    down = {
+        name: entry
+        for name, entry in header.tensors.items()
+        if re.search(r"(lora_down|lora_A|lora\.down|_lora\.down|hada_w1_b)\b.*$", name)
+    }
+    layers = {shown(name): Layer("linear", entry.shape[1:], entry.shape[0], None, None) for name, entry in down.items() if entry.shape}
+    problem = _problem(AdapterError("adapter.image", path=label, form=form, family=family))
+    return Card(form, "lora" if layers else "lycoris", family=family, layers=layers, problems=(problem,), **facts)
+
+
+def _layers(label: str, header: Header, found: dialects.Names, config: configs.PeftConfig) -> tuple[dict[str, Layer], list[Problem]]:
+    """The layers whose factors fit, and what is wrong with the others, with the strengths and with the targets."""
+    layers, problems = {}, [_problem(AdapterError("adapter.twice", path=label, name=shown(name))) for name in found.twice[:MOST]]
+    wrong = []
+    for name, parts in found.factors.items():
+        sentence = _misfit(label, name, parts, found.kinds[name], header.tensors)
+        if sentence:
+            wrong.append(sentence)
+            continue
+        A, B = header.tensors[parts["A"]], header.tensors[parts["B"]]
+        kind = "conv" if len(A.shape) > 2 else found.kinds[name]
+        shape = (A.shape[1], B.shape[0]) if kind == "embedding" else (B.shape[0], *A.shape[1:])
+        rank = A.shape[0]
+        layers[name] = Layer(kind, shape, rank, config.alpha_of(name), config.scale_of(name, rank))
+    problems += wrong[:MOST]
+    differ = [(name, layer.rank, config.rank_of(name)) for name, layer in layers.items() if config.rank_of(name) not in (None, layer.rank)]
+    if differ:
+        name, there, said = differ[0]
+        problems.append(
+            _problem(AdapterError("adapter.rank_differs", path=label, name=shown(name), there=there, said=said, count=len(differ)))
+        )
+    if any(layer.alpha is None for layer in layers.values()):
+        problems.append(_problem(AdapterError("adapter.no_alpha", path=label)))
+    elif layers and not any(layer.scale for layer in layers.values()):
+        problems.append(_problem(AdapterError("adapter.no_effect", path=label, reason="lora_alpha is 0")))
+    beyond = [name for name in found.factors if not configs.means(config, name)]
+    if beyond:
+        problems.append(
+            _problem(AdapterError("adapter.beyond_targets", path=label, count=len(beyond), total=len(found.factors), name=shown(beyond[0])))
+        )
+    return layers, problems + _idle_targets(label, found, config)
+
+
+def _misfit(label: str, name: str, parts: dict[str, str], kind: str, tensors: dict[str, Entry]) -> Problem | None:
+    """What is wrong with one layer's factors."""
+    if set(parts) != {"A", "B"}:
+        have, lack = ("lora_A", "lora_B") if "A" in parts else ("lora_B", "lora_A")
+        return _problem(AdapterError("adapter.half", path=label, name=shown(name), have=have, lack=lack))
+    A, B = tensors[parts["A"]], tensors[parts["B"]]
+    for entry, part in ((A, "A"), (B, "B")):
+        if entry.dtype not in FLOATS:
+            return _problem(AdapterError("adapter.not_floats", path=label, name=shown(parts[part]), dtype=entry.dtype))
+    if len(A.shape) == len(B.shape) == 2:
+        fits = A.shape[0] == B.shape[1]
+    else:
+        fits = kind == "linear" and len(A.shape) == len(B.shape) > 2 and set(B.shape[2:]) == {1} and A.shape[0] % B.shape[1] == 0
+        fits = fits and B.shape[0] % (A.shape[0] // B.shape[1]) == 0
+    return None if fits else _problem(AdapterError("adapter.shapes", path=label, name=shown(name), A=list(A.shape), B=list(B.shape)))
+
+
+def _idle_targets(label: str, found: dialects.Names, config: configs.PeftConfig) -> list[Problem]:
+    """Targets the configuration lists and no tensor belongs to."""
+    targets = config.target_modules if isinstance(config.target_modules, list) else []
+    idle = [target for target in targets if not any(name == target or name.endswith("." + target) for name in found.factors)]
+    if not idle:
+        return []
+    return [_problem(AdapterError("adapter.idle_targets", path=label, names=", ".join(shown(name, 60) for name in idle[:MOST])), "warning")]
+
+
+def _problems_of_extras(label: str, found: dialects.Names, config: configs.PeftConfig) -> list[Problem]:
+    """Tensors that nothing in the configuration asks for, and magnitudes that do not fit its use_dora."""
+    problems = []
+    counts = Counter(found.extras.values())
+    if config.use_dora != bool(counts["magnitude"]):
+        problems.append(
+            _problem(AdapterError("adapter.dora_flag", path=label, said=str(config.use_dora).lower(), count=counts["magnitude"]))
+        )
+    saved = [*config.modules_to_save, "embed_tokens", "lm_head"]
+    strays = [name for name, part in found.extras.items() if part == "module" and not any(f".{word}." in f".{name}." for word in saved)]
+    if strays:
+        problems.append(_problem(AdapterError("adapter.stray", path=label, count=len(strays), name=shown(strays[0]))))
+    return problems
+
+
+# ---- with values
+
+
+def _tensor(file, entry: Entry) -> Tensor:
+    """One tensor, read into memory of its own."""
+    import torch
+
+    data = bytearray(entry.end - entry.start)
+    file.seek(entry.start)
+    if file.readinto(data) != len(data):
+        raise OSError("the file became shorter while it was read")
+    return torch.frombuffer(data, dtype=getattr(torch, TORCH_NAMES[entry.dtype])).view(entry.shape)
+
+
+def _modules(card: Card, names: dialects.Names, tensors: dict[str, Tensor]) -> dict[str, LowRank]:
+    from lora_studio.lowrank import LowRank
+
+    return {
+        name: LowRank(tensors[names.factors[name]["A"]], tensors[names.factors[name]["B"]], layer.scale, layer.kind)
+        for name, layer in card.layers.items()
+    }
+
+
+def _problems_of_values(label: str, tensors: dict[str, Tensor], modules: dict[str, LowRank]) -> list[str]:
+    """Numbers that are none, and an adapter that changes nothing."""
+    import torch
+
+    bad = []
+    for name, tensor in tensors.items():
+        if not tensor.dtype.is_floating_point:
+            continue
+        wide = tensor.float() if tensor.dtype.itemsize < 2 else tensor
+        if not bool(torch.isfinite(wide).all()):
+            bad.append((name, "NaN" if bool(torch.isnan(wide).any()) else "Inf"))
+    if bad:
+        name, what = bad[0]
+        return [str(AdapterError("adapter.not_finite", path=label, name=shown(name), what=what, count=len(bad)))]
+    if len(tensors) > 2 * len(modules):  # a head, a bias or a token may change something by itself
+        return []
+    if not any(bool(module.B.any()) and bool(module.A.any()) and module.scale for module in modules.values()):
+        return [str(AdapterError("adapter.no_effect", path=label, reason="every B (or A) is zero, as in one never trained"))]
+    return []

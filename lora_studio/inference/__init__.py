@@ -1,0 +1,1 @@
+"""Trying models out: a base with weighted adapters in memory, and its answers."""

@@ -1,0 +1,233 @@
+"""Adapters on the bench: read once, checked, previewed as a blend, blended and written."""
+
+import hashlib
+import os
+from collections import OrderedDict
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from math import sqrt
+from pathlib import Path
+
+import torch
+
+from lora_studio import adapters, bases, blend, durable
+from lora_studio.adapters import files as adapter_files
+from lora_studio.errors import AdapterError, BaseModelError, BenchError, BlendError, MachineError, Problem, StudioError
+from lora_studio.inference.requests import argument, base_of, one_of
+
+KEPT_BYTES = 4 << 30
+KEPT_PREVIEWS = 4
+
+
+@dataclass(frozen=True)
+class Part:
+    """One adapter of a request, read: `id` changes when its files do."""
+
+    id: str
+    path: Path
+    name: str
+    weight: float
+    adapter: adapters.Adapter
+
+
+@contextmanager
+def one_thread():
+    """Small factorizations are faster alone: threads wait for each other at every column, and worse so beside other work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class Reader:
+    """What has been read and measured, kept for the next request. Every verb takes the job it reports to and its arguments."""
+
+    def __init__(self):
+        self.read: OrderedDict[str, adapters.Adapter] = OrderedDict()
+        self.previews: OrderedDict[tuple, tuple] = OrderedDict()
+
+    def check(self, job, request: dict) -> tuple[str, dict]:
+        """Everything wrong with an adapter, in itself and for a base, as sentences."""
+        path, config = argument(request, "path", str), request.get("config")
+        job.doing = "checking the adapter"
+        try:
+            card = adapters.inspect(path, config=config)
+            problems = list(card.problems)
+            if card.is_usable:
+                adapters.read(path, config=config)
+        except AdapterError as error:
+            card = locals().get("card")
+            problems = [*(card.problems if card else ()), Problem("", str(error))]
+        if card is not None and card.layers and card.format == "peft":
+            problems += self._misfits(card, _label(path), request.get("base"))
+        return "result", {
+            "card": _plain(card) if card else None,
+            "problems": [vars(problem) for problem in problems],
+            "usable": card is not None and not any(problem.level == "error" for problem in problems),
+        }
+
+    def _misfits(self, card, label: str, wanted) -> list[Problem]:
+        """How the adapter fits the base that is wanted, or else its own where that is here."""
+        if not wanted and not card.base:
+            return []
+        try:
+            base = base_of(wanted or card.base)
+            folder = bases.locate(base)
+        except BaseModelError as error:
+            return [Problem("", str(error), "warning")] if wanted else []
+        if folder is None:
+            return [Problem("", str(BenchError("bench.not_compared", base=base.id)), "note")]
+        return adapters.check(card, adapters.base_shapes(folder), label=label, base=base.id)
+
+    @one_thread()
+    def preview(self, job, request: dict) -> tuple[str, dict]:
+        """What a blend would be: how large and how alike its parts are, and its true loss at every rank."""
+        parts = self.parts(job, request.get("parts"), least=1)
+        key = tuple(part.id for part in parts)
+        if key not in self.previews:
+            job.doing = "measuring the adapters"
+            preview = blend.Preview([part.adapter.modules for part in parts])
+            self.previews[key] = (preview, *_sizes(preview))
+            _forget(self.previews, KEPT_PREVIEWS)
+        self.previews.move_to_end(key)
+        preview, norms, cosines = self.previews[key]
+        weights = [part.weight for part in parts]
+        curve = preview.curve(weights)
+        sizes = [weight * norm for weight, norm in zip(weights, norms)]
+        square = sum(sizes[row] * sizes[column] * cosines[row][column] for row in range(len(parts)) for column in range(len(parts)))
+        found = {"norms": norms, "cosines": cosines, "norm": sqrt(max(0.0, square)), "losses": curve.overall}
+        return "result", {**found, "rank": len(curve.overall) - 1, "layers": len(curve.layers)}
+
+    @one_thread()
+    def blend(self, job, request: dict) -> tuple[str, dict]:
+        """Write a blend, exact or of a chosen rank. The loss is that of the very bytes written, against the sum in fp64."""
+        target, rank, dtype = Path(argument(request, "target", str)), request.get("rank"), request.get("dtype", "float32")
+        one_of("dtype", dtype, ("float32", "float16", "bfloat16"))
+        if target.exists() and not request.get("replace"):
+            raise BenchError("bench.target", path=target)
+        parts = self.parts(job, request.get("parts"), least=1)
+        job.doing = "blending"
+        wide = [{name: module.cast(torch.float64) for name, module in part.adapter.modules.items()} for part in parts]
+        meant = blend.stack(wide, [part.weight for part in parts])
+        modules = meant if rank is None else blend.compress(meant, rank)[0]
+        job.check()
+        files = adapters.write(adapters.with_modules(parts[0].adapter.card, modules), dtype=dtype)
+        job.doing = "measuring the loss"
+        got = {name: module.cast(torch.float64) for name, module in adapters.read(files).modules.items()}
+        loss = blend.difference(got, meant)
+        extra = _texts(request.get("files"), files)
+        job.check()
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            durable.publish_folder(target, {**files, **extra})
+        except OSError as error:
+            durable.sweep(target.parent)
+            raise MachineError("machine.write", path=target, reason=error.strerror or str(error)) from None
+        parents = [{"path": str(part.path), "name": part.name, "weight": part.weight, "sha256": _digest(part.path)} for part in parts]
+        size = sum(len(data) for data in files.values())
+        return "result", {
+            "loss": loss.overall, "layers": loss.layers, "rank": max(module.rank for module in got.values()), "bytes": size, "parents": parents,
+        }  # fmt: skip
+
+    def parts(self, job, given, *, least: int = 0) -> list[Part]:
+        """The adapters of a request, read or remembered. Raises StudioError naming the one that cannot be used."""
+        given = [] if given is None else given
+        if not isinstance(given, list) or len(given) < least:
+            raise BenchError("bench.request", reason="parts must be a list of [path, weight], with at least one")
+        found = []
+        for row in given:
+            if not isinstance(row, list) or len(row) not in (2, 3) or not isinstance(row[0], str):
+                raise BenchError("bench.request", reason=f"{str(row)[:60]} is not [path, weight]")
+            job.doing = "reading the adapters"
+            weight = row[1]
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not abs(weight) <= blend.WEIGHT_LIMIT:
+                raise BlendError("blend.weight", weight=repr(weight)[:40], limit=f"{blend.WEIGHT_LIMIT:,.0f}")
+            id, adapter = self._adapter(row[0])
+            found.append(Part(id, Path(row[0]), str(row[2]) if len(row) == 3 else _label(row[0]), float(weight), adapter))
+        names = [part.name if [other.name for other in found].count(part.name) == 1 else str(part.path) for part in found]
+        cards = {name: part.adapter.card for name, part in zip(names, found)}
+        prints = {name: print for name, card in cards.items() if (print := _print_of_base(card.base))}
+        adapters.refuse_blend(cards, prints=prints)
+        return found
+
+    def _adapter(self, path: str) -> tuple[str, adapters.Adapter]:
+        source = adapter_files.locate(path)
+        stat = os.stat(source.weights)
+        text = f"{Path(source.weights).absolute()}|{stat.st_mtime_ns}|{stat.st_size}|".encode() + (source.config or b"")
+        id = hashlib.sha256(text).hexdigest()[:24]
+        if id not in self.read:
+            self.read[id] = adapters.read(path)
+            while len(self.read) > 1 and sum(adapter.card.bytes for adapter in self.read.values()) > KEPT_BYTES:
+                self.read.popitem(last=False)
+        self.read.move_to_end(id)
+        return id, self.read[id]
+
+
+def _sizes(preview: blend.Preview) -> tuple[list[float], list[list[float]]]:
+    """The norms of a preview's adapters and the cosines between them, from its triangles: `RᵀR` is the Gram matrix of the factors, so
+    the inner products of all rank-one parts are one elementwise product, summed over the parts of each two adapters."""
+    count = len(preview.adapters)
+    products = torch.zeros(count, count, dtype=torch.float64)
+    for groups in preview.triangles.values():
+        for left, right, owner, scale in groups:
+            of = torch.nn.functional.one_hot(owner, count).double()
+            scaled = left * scale
+            products += of.T @ ((scaled.T @ scaled) * (right.T @ right)) @ of
+    norms = products.diagonal().clamp_min(0).sqrt()
+    size = norms[:, None] * norms
+    cosines = torch.where(size > 0, (products / size).clamp(-1, 1), torch.zeros_like(size)).fill_diagonal_(1.0)
+    return norms.tolist(), cosines.tolist()
+
+
+def _label(path: str) -> str:
+    """What to call an adapter that was given no name: its folder, or for `adapter` the folder above."""
+    place = Path(path)
+    return place.parent.name if place.name == "adapter" and place.parent.name else place.name
+
+
+def _plain(card) -> dict:
+    """A card as JSON: what is shown of it."""
+    names = ("format", "method", "base", "revision", "family", "task_type", "rslora", "fan_in_fan_out", "mutates", "parameters", "bytes", "rank", "alpha")
+    lists = ("ranks", "targets", "variants", "dtypes")
+    return {name: getattr(card, name) for name in names} | {name: list(getattr(card, name)) for name in lists} | {"layers": len(card.layers)}
+
+
+@lru_cache(maxsize=32)
+def _print_of_base(id: str) -> str:
+    """A hash of a base's weights where they are here; "" elsewhere."""
+    from lora_studio.training.text import base_print
+
+    try:
+        folder = bases.locate(base_of(id)) if id else None
+        return base_print(folder) if folder else ""
+    except (StudioError, OSError):
+        return ""
+
+
+def other_base(part: Part, base: str) -> str:
+    """A sentence when a part says that it was made for another base than this one; "" otherwise."""
+    own = part.adapter.card.base
+    if not own or own == base or (_print_of_base(own) and _print_of_base(own) == _print_of_base(base)):
+        return ""
+    return str(AdapterError("adapter.other_base", path=part.name, own=own, base=base))
+
+
+def _digest(path: Path) -> str:
+    with open(adapter_files.locate(path).weights, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _texts(given, taken: dict) -> dict[str, bytes]:
+    """Texts to be written beside a blend, by their plain names."""
+    for name, text in (given or {}).items():
+        if Path(name).name != name or name.startswith(".") or name in taken or not isinstance(text, str):
+            raise BenchError("bench.request", reason=f"{name[:60]!r} cannot be written beside a blend")
+    return {name: text.encode() for name, text in (given or {}).items()}
+
+
+def _forget(kept: OrderedDict, most: int) -> None:
+    while len(kept) > most:
+        kept.popitem(last=False)

@@ -1,0 +1,208 @@
+"""What the bench does: check adapters, preview and save blends, answer. Keeps what it has read, and one model.
+
+    verb      arguments                                           last event
+    check     path, [base], [config]                              result: card, problems, usable
+    preview   parts                                               result: norms, cosines, norm, losses, rank, layers
+    blend     parts, [rank], target, [dtype], [files], [replace]  result: loss, rank, layers, bytes, parents
+    load      base, device, lock, [precision]                     result: what status says
+    answer    like load, and messages, parts or sides,            done: sides (text, tokens, ended, active), seconds
+              [seed, temperature, top_p, longest, template]
+    unload    [run, device, hold, reason]                         result: unloaded
+
+`parts` is a list of [path, weight] or [path, weight, name]. `sides` is {name: parts}: several answers to the same messages with the
+same seed, spoken in turns, a piece each; no parts are the bare base.
+"""
+
+import gc
+import logging
+import time
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+
+from lora_studio import bases, durable
+from lora_studio.errors import BenchError
+from lora_studio.inference import room
+from lora_studio.inference.blends import Part, Reader, other_base
+from lora_studio.inference.requests import argument, base_of, one_of
+
+KEPT_ON_SHELF = 8
+
+
+class Desk:
+    """What the bench has read and loaded. Everything but `status` and `make_room` is done by one thread."""
+
+    def __init__(self):
+        self.reader = Reader()
+        self.shelf, self.shelved = None, OrderedDict()
+        self.key, self.device, self.place = None, "", None
+        self.room, self.loads = room.Room(), 0
+
+    def do(self, job) -> tuple[str, dict]:
+        """One request. Returns its last event. Raises StudioError."""
+        verb = job.request.get("verb")
+        if verb not in VERBS:
+            raise BenchError("bench.request", reason=f"there is no verb {str(verb)[:40]!r}; known: {', '.join(VERBS)}")
+        act, known = VERBS[verb]
+        strange = job.request.keys() - {"verb", *known.split()}
+        if strange:
+            raise BenchError("bench.request", reason=f"{verb} knows no {min(strange)[:40]}; known: {known}")
+        try:
+            return act(self, job, job.request)
+        except (torch.OutOfMemoryError, MemoryError):
+            self._drop()
+            raise BenchError("bench.memory", device=job.request.get("device", "the computer")) from None
+
+    # ---- the model
+
+    def load(self, job, request: dict) -> tuple[str, dict]:
+        """Load a base and hold its device's lock; nothing when it is loaded already."""
+        self._ready(job, request)
+        self.room.look()
+        return "result", self.status()
+
+    def answer(self, job, request: dict) -> tuple[str, dict]:
+        """Answers, spoken in turns."""
+        from lora_studio.inference.text import Manner
+
+        sides, template = request.get("sides", {"answer": request.get("parts") or []}), request.get("template", "auto")
+        if not isinstance(sides, dict) or not sides or ("sides" in request and "parts" in request):
+            raise BenchError("bench.request", reason="answer needs parts, or sides as {name: parts}")
+        one_of("template", template, ("auto", "chatml"))
+        manner = Manner(**{name: request[name] for name in ("seed", "temperature", "top_p", "longest") if name in request})
+        parts = {side: self.reader.parts(job, rows) for side, rows in sides.items()}
+        if self._ready(job, request):
+            job.send("note", sentence=f"{self.key[0].id} is loaded on {self.device}.")
+        for sentence in dict.fromkeys(other_base(part, self.key[0].id) for found in parts.values() for part in found):
+            if sentence:
+                job.send("note", sentence=sentence)
+        started = time.perf_counter()
+        weights = {side: self._hang(found) for side, found in parts.items()}
+        applied = time.perf_counter() - started
+        spoken = {
+            side: self.shelf.answer(request.get("messages"), weights=weights[side], manner=manner, template=template)
+            for side in sides
+        }
+        print(f"answering, {len(sides)} at a time", flush=True)
+        job.doing, texts, first = "answering", dict.fromkeys(sides, ""), None
+        pieces = {side: iter(answer) for side, answer in spoken.items()}
+        while pieces:
+            for side in list(pieces):
+                job.check()
+                self.room.look()
+                piece = next(pieces[side], None)
+                first = first or time.perf_counter() - started
+                if piece is None:
+                    del pieces[side]
+                elif piece:
+                    texts[side] += piece
+                    job.send("piece", side=side, text=piece)
+        seconds = time.perf_counter() - started
+        paths = {part.id: str(part.path) for found in parts.values() for part in found}
+        told = {
+            side: {
+                "text": texts[side], "tokens": len(answer.tokens), "ended": answer.ended,
+                "active": [[paths[id], weight] for id, weight in answer.active.items()],
+            }
+            for side, answer in spoken.items()
+        }  # fmt: skip
+        return "done", {"sides": told, "seconds": seconds, "apply_ms": 1000 * applied, "first_ms": 1000 * first, "loads": self.loads}
+
+    def _hang(self, parts: list[Part]) -> dict[str, float]:
+        """Put what is missing on the shelf, and take off what was not used for long. Returns the weights."""
+        weights: dict[str, float] = {}
+        for part in parts:
+            if part.id not in self.shelved:
+                self.shelf.put(part.id, part.adapter.modules, label=part.name)
+                self.shelved[part.id] = None
+            self.shelved.move_to_end(part.id)
+            weights[part.id] = weights.get(part.id, 0.0) + part.weight
+        return weights
+
+    def _ready(self, job, request: dict) -> bool:
+        """See to it that the model is loaded. Returns whether it had to be."""
+        device, lock = argument(request, "device", str), Path(argument(request, "lock", str))
+        key = (base_of(request.get("base")), device, request.get("precision", "auto"))
+        one_of("precision", key[2], ("auto", "fp32", "bf16"))
+        self.room.refuse(device)
+        if self.shelf is not None and self.key == key:
+            while len(self.shelved) > KEPT_ON_SHELF:
+                self.shelf.take(self.shelved.popitem(last=False)[0])
+            return False
+        job.doing = f"fetching {key[0].id}"
+        bases.fetch(key[0])  # before the device is taken: this may be a long way
+        job.check()
+        self._drop()
+        place = durable.Lock(lock)
+        room.take(place, device, job.check)
+        self.place, self.device, self.key = place, device, key
+        job.doing = f"loading {key[0].id}"
+        try:
+            from transformers.utils import logging as transformers_logging
+
+            # Notes about optional packages and bars would be the last line of the log when somebody asks how it ended.
+            logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+            transformers_logging.disable_progress_bar()
+            from lora_studio.inference.text import Shelf
+
+            self.shelf = Shelf(key[0], device=device, precision=key[2])
+        finally:
+            if self.shelf is None:
+                self._drop()
+        self.loads += 1
+        print(f"loaded {key[0].id} on {device}", flush=True)
+        return True
+
+    def _drop(self) -> None:
+        """Forget the model and let go of the device."""
+        self.shelf, self.key = None, None
+        self.shelved.clear()
+        if self.device.startswith("cuda"):
+            gc.collect()
+            torch.cuda.empty_cache()
+        self.device = ""
+        if self.place is not None:
+            self.place.release()
+            self.place = None
+
+    # ---- room for a run
+
+    def make_room(self, request: dict) -> bool:
+        """Note that somebody needs the device; the answer being spoken ends at its next token. Returns whether a model is there (or being
+        loaded), so that there is something to unload. Called from any thread."""
+        device = self.device
+        if not device or request.get("device", device) != device:
+            return False
+        self.room.ask(request, device)
+        return True
+
+    def unload(self, job, request: dict) -> tuple[str, dict]:
+        """Unload the model; with `run`, none is loaded again before that run has had its chance to start and has ended."""
+        was_there = self.shelf is not None
+        self._drop()
+        self.room.give()
+        return "result", {"unloaded": was_there}
+
+    def status(self) -> dict:
+        """What is loaded and, when nothing is because a run needs the device, the sentence that says so."""
+        key = self.key
+        told = {"state": "loaded" if self.shelf is not None else ("loading" if key else "empty"), "device": self.device, "loads": self.loads}
+        told |= {"base": key[0].id if key else "", "precision": key[2] if key else "", "adapters": len(self.shelved)}
+        return {**told, "note": self.room.sentence()}
+
+
+def _of_reader(verb):
+    """A verb of the reader as one of the desk."""
+    return lambda desk, job, request: verb(desk.reader, job, request)
+
+
+ANSWER = "base device lock precision messages parts sides seed temperature top_p longest template"
+VERBS = {
+    "check": (_of_reader(Reader.check), "path base config"),
+    "preview": (_of_reader(Reader.preview), "parts"),
+    "blend": (_of_reader(Reader.blend), "parts rank target dtype files replace"),
+    "load": (Desk.load, "base device lock precision"),
+    "answer": (Desk.answer, ANSWER),
+    "unload": (Desk.unload, "run device hold reason"),
+}

@@ -1,0 +1,174 @@
+"""The verbs of adapters: list, import, export, blend, ask, publish, pull. What needs torch is asked of the bench."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from lora_studio import adapters, card, durable, hub, library, runs
+from lora_studio.errors import AdapterError, RunError
+from lora_studio.jobs import bench
+from lora_studio.workspace import Workspace
+
+Parts = list[tuple[str, float]]
+
+
+# ---- in and out of the library
+
+
+def inspect(source: str | Path) -> adapters.Card:
+    """What the headers of an adapter on this machine say, with every problem in words. Raises AdapterError."""
+    return adapters.inspect(source)
+
+
+def import_adapter(workspace: Workspace, source: str, *, name: str | None = None, base: str | None = None, token: str | None = None) -> str:
+    """Put a PEFT folder, a .safetensors file with its configuration beside it, or a Hub repository into the library, after the
+    bench has read every number of it. Returns its id. Raises AdapterError with every reason against it."""
+    here = Path(source).expanduser()
+    if not here.exists() and source.count("/") == 1 and not source.startswith((".", "/", "~")):
+        return pull(workspace, source, name=name, base=base, token=token)
+    return _shelve_checked(workspace, here, {"source": here.name}, name=name, base=base)
+
+
+def _shelve_checked(workspace: Workspace, folder: Path, facts: dict, *, name: str | None, base: str | None) -> str:
+    answer = bench.ask("check", path=str(folder), **({"base": base} if base else {}))
+    errors = [problem["sentence"] for problem in answer["problems"] if problem["level"] == "error"]
+    if errors or not answer["usable"]:
+        raise AdapterError("adapter.refused", name=name or facts["source"], reason=" ".join(errors) or "It cannot be used yet.")
+    found = answer["card"] or {}
+    known = {"name": name or folder.stem, "base": base or found.get("base") or "", **facts}
+    return library.add(workspace, folder, known)
+
+
+def export_adapter(workspace: Workspace, id: str, target: str | Path) -> Path:
+    """Copy an adapter's PEFT folder to `target`, which must not be there. Raises AdapterError."""
+    source, target = library.adapter_folder(workspace, id), Path(target).expanduser()
+    if target.exists():
+        raise AdapterError("adapter.target", path=target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    files = {path.name: path.read_bytes() for path in sorted(source.iterdir()) if path.name != durable.MARKER}
+    durable.publish_folder(target, files)
+    return target
+
+
+# ---- blends
+
+
+def preview(workspace: Workspace, parts: Parts) -> dict:
+    """What a blend would be: the norms of its parts, their cosines, and its true loss at every rank."""
+    return bench.ask("preview", parts=_paths(workspace, parts))
+
+
+def blend(workspace: Workspace, parts: Parts, *, name: str, rank: int | None = None) -> tuple[str, dict]:
+    """Write `W0 + sum of weight * scale * B @ A` as a new adapter of the library: exact, or compressed to a rank.
+    Returns its id, and what the bench measured (loss, rank, bytes). Raises StudioError; then the library is as it was."""
+    cards = [library.card(workspace, id) for id, _ in parts]
+    ids = [library.folder_of(workspace, id).name for id, _ in parts]
+    with tempfile.TemporaryDirectory(dir=workspace.root, prefix=durable.TEMPORARY) as place:
+        target = Path(place) / "adapter"
+        done = bench.ask("blend", parts=_paths(workspace, parts), rank=rank, target=str(target))
+        parents = [
+            {"id": id, "name": found["name"], "sha256": parent["sha256"], "weight": weight}
+            for id, found, parent, (_, weight) in zip(ids, cards, done["parents"], parts)
+        ]
+        recipe = {"sum": [{"adapter": id, "weight": weight} for id, (_, weight) in zip(ids, parts)], "rank": rank, "loss": done["loss"]}
+        facts = {"name": name, "base": cards[0]["base"], "base_revision": cards[0]["base_revision"], "base_print": cards[0]["base_print"]}
+        id = library.add(workspace, target, {**facts, "parents": parents, "recipe": recipe, "tags": ["blend"]})
+    return id, done
+
+
+def _paths(workspace: Workspace, parts: Parts) -> list[list]:
+    return [[str(library.adapter_folder(workspace, id)), weight, library.card(workspace, id)["name"]] for id, weight in parts]
+
+
+# ---- answers
+
+
+def answer(workspace: Workspace, base: str, prompt: str, parts: Parts = (), **manner) -> Iterator[dict]:
+    """The events of an answer by a base with weighted adapters (or none): `piece` as it is spoken, `done` at its end.
+    `manner` may hold seed, temperature, top_p, longest."""
+    messages = [{"role": "user", "content": prompt}]
+    return bench.stream("answer", base=base, messages=messages, parts=_paths(workspace, list(parts)), **manner)
+
+
+# ---- the Hub
+
+
+@dataclass(frozen=True)
+class Push:
+    """Where an adapter goes and how: the repository, who may see it (None: private where it is new), and its licence."""
+
+    repo: str
+    private: bool | None = None
+    license: str | None = None
+
+
+def publish(workspace: Workspace, id: str, to: Push, *, token: str | None = None, report: Callable[[str], None] | None = None) -> hub.Published:
+    """Push an adapter with a card of what is known of it. "Published" is said after the remote was read back.
+    Raises HubError or AdapterError; a second call sends only what is missing."""
+    known = library.card(workspace, id)
+    text = card.write(_facts(workspace, known, to.license), repo_id=to.repo)
+    folder = library.adapter_folder(workspace, id)
+    files = {"README.md": text, adapters.CONFIG: _public_config(folder)}
+    with tempfile.TemporaryDirectory(prefix=durable.TEMPORARY) as place:
+        for path in folder.iterdir():
+            if path.name != durable.MARKER:
+                _link_or_copy(path, Path(place) / path.name)
+        done = hub.publish(Path(place), to.repo, private=to.private, token=token, files=files, report=report)
+    record = {"repo": to.repo, "commit": done.commit, "private": done.private, "url": done.url}
+    library.update(workspace, id, publications=[*known["publications"], record])
+    return done
+
+
+def _public_config(folder: Path) -> str:
+    """The adapter's configuration as it may be seen by all: a base of this machine is called by its name, not by its path."""
+    config = json.loads((folder / adapters.CONFIG).read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = card.shown(config.get("base_model_name_or_path") or "")
+    return json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _facts(workspace: Workspace, known: dict, license: str | None) -> card.Facts:
+    """What a card tells of an item: its run's spec and sample answers where there was one, its parents where it is a blend."""
+    common = {
+        "name": known["name"], "base": known["base"], "base_revision": known["base_revision"], "license": license, "notes": known["notes"],
+        "trigger": known["trigger"], "tags": known["tags"], "metrics": known["metrics"],
+    }  # fmt: skip
+    try:
+        folder = workspace.run_folder(known["run"]) if known["run"] else None
+    except RunError:
+        folder = None
+    if folder is not None:
+        events = runs.read_all(folder)
+        samples = [card.Sample(event["prompt"], event["answer"]) for event in events if event["kind"] == "sample" and event["step"]]
+        return card.facts_of(runs.spec_of(folder), **{**common, "samples": samples[-3:]})
+    parents = [card.Parent(parent["name"], parent["weight"], parent["sha256"]) for parent in known["parents"]]
+    recipe = yaml.safe_dump(known["recipe"], sort_keys=False) if known["recipe"] else ""
+    method = {"kind": known["method"], "rank": known["rank"], "alpha": known["alpha"]}
+    return card.Facts(**common, method=method, parents=parents, recipe=recipe)
+
+
+def pull(
+    workspace: Workspace, repo: str, *, revision: str | None = None, name: str | None = None, base: str | None = None, token: str | None = None
+) -> str:
+    """Bring an adapter of the Hub into the library, pinned at a commit and checked. Returns its id."""
+    with tempfile.TemporaryDirectory(dir=workspace.root, prefix=durable.TEMPORARY) as place:
+        pulled = hub.pull(repo, Path(place) / "adapter", revision=revision, token=token)
+        source = f"{pulled.id}@{pulled.commit}"
+        return _shelve_checked(workspace, pulled.folder, {"source": source}, name=name or repo.rpartition("/")[2], base=base)
+
+
+def suggest_repo(workspace: Workspace, id: str, *, token: str | None = None) -> str:
+    """A repository id for an adapter: the account's name and the adapter's, as the Hub accepts them. Raises HubError."""
+    return hub.names.suggest(library.card(workspace, id)["name"], owner=hub.who(token).name)
