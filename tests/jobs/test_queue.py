@@ -166,3 +166,17 @@ def test_no_token_reaches_a_worker(workspace, base, chat_rows, monkeypatch):
     studio.wait_until_ended(workspace, id, seconds=30)
     for path in folder.rglob("*"):
         assert path.is_dir() or b"hf_canary" not in path.read_bytes()
+
+
+def test_a_run_that_needs_the_device_makes_the_bench_let_go_of_it(workspace, base, chat_rows):
+    from lora_studio.jobs import bench
+
+    try:
+        bench.ask("load", base=str(base))
+        assert durable.is_locked(queue.device_lock("cpu"))
+        id = studio.start(workspace, spec_of(base, chat_rows))
+        assert studio.show(workspace, id).is_live
+        assert id in bench.status()["note"]
+        assert studio.wait_until_ended(workspace, id, seconds=60).state == "done"
+    finally:
+        bench.stop()
