@@ -112,9 +112,9 @@ def publish(workspace: Workspace, id: str, to: Push, *, token: str | None = None
     """Push an adapter with a card of what is known of it. "Published" is said after the remote was read back.
     Raises HubError or AdapterError; a second call sends only what is missing."""
     known = library.card(workspace, id)
-    text = card.write(_facts(workspace, known, to.license), repo_id=to.repo)
-    folder = library.adapter_folder(workspace, id)
-    files = {"README.md": text, adapters.CONFIG: _public_config(folder)}
+    folder, curve = library.adapter_folder(workspace, id), _curve(workspace, known)
+    text = card.write(_facts(workspace, known, to.license, curve=card.CURVE if curve else ""), repo_id=to.repo)
+    files = {"README.md": text, adapters.CONFIG: _public_config(folder), **({card.CURVE: curve} if curve else {})}
     with tempfile.TemporaryDirectory(prefix=durable.TEMPORARY) as place:
         for path in folder.iterdir():
             if path.name != durable.MARKER:
@@ -139,20 +139,33 @@ def _link_or_copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _facts(workspace: Workspace, known: dict, license: str | None) -> card.Facts:
+def _run_of(workspace: Workspace, known: dict) -> Path | None:
+    """The folder of the run an adapter came from, while it is here."""
+    try:
+        return workspace.run_folder(known["run"]) if known["run"] else None
+    except RunError:
+        return None
+
+
+def _curve(workspace: Workspace, known: dict) -> bytes | None:
+    """The losses of an adapter's run as a picture."""
+    folder = _run_of(workspace, known)
+    events = runs.read_all(folder) if folder else []
+    losses = {kind: [(event["step"], event["loss"]) for event in events if event["kind"] == kind] for kind in ("step", "eval")}
+    return card.loss_curve(losses["step"], losses["eval"]) if losses["step"] else None
+
+
+def _facts(workspace: Workspace, known: dict, license: str | None, *, curve: str) -> card.Facts:
     """What a card tells of an item: its run's spec and sample answers where there was one, its parents where it is a blend."""
     common = {
         "name": known["name"], "base": known["base"], "base_revision": known["base_revision"], "license": license, "notes": known["notes"],
         "trigger": known["trigger"], "tags": known["tags"], "metrics": known["metrics"],
     }  # fmt: skip
-    try:
-        folder = workspace.run_folder(known["run"]) if known["run"] else None
-    except RunError:
-        folder = None
+    folder = _run_of(workspace, known)
     if folder is not None:
         events = runs.read_all(folder)
         samples = [card.Sample(event["prompt"], event["answer"]) for event in events if event["kind"] == "sample" and event["step"]]
-        return card.facts_of(runs.spec_of(folder), **{**common, "samples": samples[-3:]})
+        return card.facts_of(runs.spec_of(folder), **{**common, "samples": samples[-3:], "curve": curve})
     parents = [card.Parent(parent["name"], parent["weight"], parent["sha256"]) for parent in known["parents"]]
     recipe = yaml.safe_dump(known["recipe"], sort_keys=False) if known["recipe"] else ""
     method = {"kind": known["method"], "rank": known["rank"], "alpha": known["alpha"]}

@@ -72,6 +72,8 @@ def test_from_two_runs_to_a_published_blend_and_back(workspace, home, hub, base,
     command("remove", both["id"], "--undo")
     assert said("import", tmp_path / "out", "--name", "once more")["id"] == both["id"], "the same content is the same item"
 
+    said("publish", "first", "me/first", "--token-stdin", give="hf_me\n", HF_ENDPOINT=hub.url)
+    assert {"README.md", "loss.png", "adapter_config.json", "adapter_model.safetensors"} <= set(hub.repos["me/first"].at("main")[1])
     done = said("publish", "both", "me/both", "--license", "apache-2.0", "--token-stdin", give="hf_me\n", HF_ENDPOINT=hub.url)
     assert done["private"] and done["url"].endswith("me/both")
     fresh = {"LORA_STUDIO_HOME": str(tmp_path / "fresh")}
