@@ -131,6 +131,9 @@ SENTENCES = {
     # shelf
     "adapter.refused": "{name} was not taken into the library: {reason}",
     "adapter.target": "{path} is there already. Give another folder.",
+    "adapter.no_upload": "No file was chosen. Choose the .safetensors file and its adapter_config.json, or a .zip of both.",
+    "adapter.archive": "{path} cannot be unpacked: {reason}. Pack it again as a plain .zip.",
+    "adapter.archive_twice": "{path} holds {name} in several folders. Pack the folder of one adapter.",
     # adapters, blend, library
     "adapter.missing": "{path} is not there. Give a PEFT folder, or a .safetensors file with its adapter_config.json beside it.",
     "adapter.unreadable": "{path} cannot be read: {reason}. Check the file and its permissions.",
@@ -188,6 +191,9 @@ SENTENCES = {
     "adapter.overflow": "The update of {name} does not fit {dtype}. Save in float32, or lower the weights.",
     "blend.count": "There are {adapters} adapters and {weights} weights. Give one weight for each.",
     "blend.weight": "The weight {weight} is not a number from -{limit} to {limit}. Change it.",
+    "mix.many": "There are {count} adapters in the mix, and it has room for {most}. Take some out, or save a part of them as a blend first.",
+    "playground.sides": "There are {count} sides to show, and it must be 1 to {most}. Choose them under Sides to show.",
+    "mix.weight": "The weight of {name} is {weight}, but it must be a number from {least:g} to {most:g}. Change it.",
     "blend.rank": "The rank {rank} is not a whole number of at least 1. Change it.",
     "blend.shapes": "The layer {name} is {left} in one adapter and {right} in another. Blend adapters of the same base only.",
     "blend.overflow": "The layer {name} becomes infinite with these weights. Lower them.",
@@ -203,6 +209,7 @@ SENTENCES = {
     "library.unknown": "There is no adapter {id} in the library. See `library` for those that are here.",
     "library.ambiguous": "{id} fits several adapters: {known}. Give the id.",
     "library.damaged": "The files of {id} are damaged: {reason}. Import it again; its card keeps your notes.",
+    "adapter.taken": "There is an adapter called {name} already ({id}). Choose another name, such as {suggestion}.",
     "library.name": "The name {name} cannot be used. Use 1 to 80 characters that can be printed.",
     "library.tag": "The tag {tag} cannot be used. Use 1 to 40 characters that can be printed.",
     "library.not_removed": "{id} is not among the removed adapters. They are kept for 30 days.",

@@ -1,21 +1,27 @@
 """The verbs of adapters: list, import, export, blend, ask, publish, pull. What needs torch is asked of the bench."""
 
+import contextlib
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
-from lora_studio import adapters, card, durable, hub, library, runs
-from lora_studio.errors import AdapterError, RunError
+from lora_studio import adapters, card, durable, hub, library, runs, studio
+from lora_studio.errors import AdapterError, MachineError, RunError
 from lora_studio.jobs import bench
 from lora_studio.workspace import Workspace
 
 Parts = list[tuple[str, float]]
+# What is taken out of an uploaded archive; a pickle among them is named and refused like one that comes alone.
+UPLOADS = (".safetensors", ".json", ".jinja", ".md", ".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 # ---- in and out of the library
@@ -26,22 +32,63 @@ def inspect(source: str | Path) -> adapters.Card:
     return adapters.inspect(source)
 
 
-def import_adapter(workspace: Workspace, source: str, *, name: str | None = None, base: str | None = None, token: str | None = None) -> str:
+def import_adapter(workspace: Workspace, source: str, *, revision: str | None = None, token: str | None = None, **known) -> str:
     """Put a PEFT folder, a .safetensors file with its configuration beside it, or a Hub repository into the library, after the
-    bench has read every number of it. Returns its id. Raises AdapterError with every reason against it."""
+    bench has read every number of it. `known` may give its name and base, `revision` is a Hub repository's. Returns its id.
+    Raises AdapterError with every reason against it."""
     here = Path(source).expanduser()
     if not here.exists() and source.count("/") == 1 and not source.startswith((".", "/", "~")):
-        return pull(workspace, source, name=name, base=base, token=token)
-    return _shelve_checked(workspace, here, {"source": here.name}, name=name, base=base)
+        return pull(workspace, source, revision=revision, token=token, **known)
+    return _shelve_checked(workspace, here, {"source": here.name, "name": here.stem}, **known)
 
 
-def _shelve_checked(workspace: Workspace, folder: Path, facts: dict, *, name: str | None, base: str | None) -> str:
+def import_files(workspace: Workspace, files: Sequence[Path], *, name: str | None = None, base: str | None = None) -> str:
+    """Put uploaded files into the library: the weights and the configuration of one adapter, or one .zip of its folder.
+    Returns its id. Raises AdapterError and MachineError; then the library is as it was."""
+    if not files:
+        raise AdapterError("adapter.no_upload")
+    weights = next((path for path in files if path.suffix == ".safetensors"), files[0])
+    with tempfile.TemporaryDirectory(dir=workspace.root, prefix=durable.TEMPORARY) as place:
+        folder = Path(place) / (re.sub(r"[^\w.-]+", "-", weights.stem).strip("-.") or "upload")
+        try:
+            folder.mkdir()
+            for path in files:
+                if path.suffix.lower() == ".zip":
+                    _unpack(path, folder)
+                else:
+                    _link_or_copy(path, folder / path.name)
+        except OSError as error:
+            raise MachineError("machine.write", path=workspace.root, reason=error.strerror or str(error)) from None
+        return _shelve_checked(workspace, folder, {"source": weights.name, "name": weights.stem}, name=name, base=base)
+
+
+def _unpack(archive: Path, folder: Path) -> None:
+    """The files of an archive that may belong to an adapter, by their last name only. Raises AdapterError and OSError."""
+    try:
+        with zipfile.ZipFile(archive) as packed:
+            members = [member for member in packed.infolist() if not member.is_dir() and Path(member.filename).suffix.lower() in UPLOADS]
+            size, free = sum(member.file_size for member in members), shutil.disk_usage(folder).free
+            if size > free:
+                raise MachineError("machine.disk", path=folder.parent.parent, free=f"{free / 1e9:.1f} GB", needed=f"{size / 1e9:.1f} GB")
+            for member in members:
+                target = folder / Path(member.filename.replace("\\", "/")).name
+                if target.exists():
+                    raise AdapterError("adapter.archive_twice", path=archive.name, name=adapters.shown(target.name, 80))
+                with packed.open(member) as source, open(target, "xb") as file:
+                    shutil.copyfileobj(source, file)
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, zlib.error) as error:
+        raise AdapterError("adapter.archive", path=archive.name, reason=str(error).rstrip(".")) from None
+
+
+def _shelve_checked(workspace: Workspace, folder: Path, facts: dict, *, name: str | None = None, base: str | None = None) -> str:
     answer = bench.ask("check", path=str(folder), **({"base": base} if base else {}))
     errors = [problem["sentence"] for problem in answer["problems"] if problem["level"] == "error"]
     if errors or not answer["usable"]:
         raise AdapterError("adapter.refused", name=name or facts["source"], reason=" ".join(errors) or "It cannot be used yet.")
+    if name:
+        check_name(workspace, name, besides=library.identify(folder))
     found = answer["card"] or {}
-    known = {"name": name or folder.stem, "base": base or found.get("base") or "", **facts}
+    known = {"name": name or facts["name"], "base": base or found.get("base") or "", "source": facts["source"]}
     return library.add(workspace, folder, known)
 
 
@@ -56,6 +103,29 @@ def export_adapter(workspace: Workspace, id: str, target: str | Path) -> Path:
     return target
 
 
+def archive(workspace: Workspace, id: str, folder: Path) -> Path:
+    """An adapter's PEFT folder as one .zip in `folder`, for download. Raises AdapterError."""
+    source = library.adapter_folder(workspace, id)
+    return studio.pack(source, folder, library.card(workspace, id)["name"])
+
+
+def rename(workspace: Workspace, id: str, name: str) -> dict:
+    """Give an adapter another name that none in the library has. Returns its card. Raises AdapterError."""
+    own = library.folder_of(workspace, id).name
+    check_name(workspace, name, besides=own)
+    return library.rename(workspace, own, name)
+
+
+def check_name(workspace: Workspace, name: str, *, besides: str = "") -> None:
+    """Raise AdapterError when another adapter has this name already."""
+    taken = next((item for item in library.find(workspace, name=name.strip()) if item.id != besides), None)
+    if taken:
+        number = 2
+        while library.find(workspace, name=f"{name.strip()} {number}"):
+            number += 1
+        raise AdapterError("adapter.taken", name=adapters.shown(name.strip(), 80), id=taken.id, suggestion=f"{name.strip()} {number}")
+
+
 # ---- blends
 
 
@@ -67,6 +137,7 @@ def preview(workspace: Workspace, parts: Parts) -> dict:
 def blend(workspace: Workspace, parts: Parts, *, name: str, rank: int | None = None) -> tuple[str, dict]:
     """Write `W0 + sum of weight * scale * B @ A` as a new adapter of the library: exact, or compressed to a rank.
     Returns its id, and what the bench measured (loss, rank, bytes). Raises StudioError; then the library is as it was."""
+    check_name(workspace, name)
     cards = [library.card(workspace, id) for id, _ in parts]
     ids = [library.folder_of(workspace, id).name for id, _ in parts]
     with tempfile.TemporaryDirectory(dir=workspace.root, prefix=durable.TEMPORARY) as place:
@@ -96,6 +167,17 @@ def answer(workspace: Workspace, base: str, prompt: str, parts: Parts = (), **ma
     return bench.stream("answer", base=base, messages=messages, parts=_paths(workspace, list(parts)), **manner)
 
 
+def chat(workspace: Workspace, base: str, messages: list[dict] | dict[str, list[dict]], sides: dict[str, Parts], **manner) -> Iterator[dict]:
+    """The events of several answers at once, each side with its own weighted adapters: {side: parts}, no parts being the bare base.
+    `messages` is one conversation for all, or {side: messages}. `manner` may also hold template. Raises StudioError."""
+    return bench.stream("answer", base=base, messages=messages, sides={side: _paths(workspace, parts) for side, parts in sides.items()}, **manner)
+
+
+def bench_status() -> dict:
+    """What the bench does, and what it holds: state, base, device, adapters, loads, note. Starts nothing."""
+    return bench.status()
+
+
 # ---- the Hub
 
 
@@ -108,21 +190,49 @@ class Push:
     license: str | None = None
 
 
+@dataclass(frozen=True)
+class Draft:
+    """What would be published: the model card, every file with its size in bytes, and what stands against it."""
+
+    readme: str
+    files: list[tuple[str, int]]
+    findings: list[str]
+
+
+def who(token: str | None = None) -> hub.Account:
+    """Whose token this is (the Hub's own login when None). Raises HubError."""
+    return hub.who(token)
+
+
+def draft(workspace: Workspace, id: str, to: Push, *, token: str | None = None) -> Draft:
+    """What `publish` would send, without asking the Hub anything. Raises HubError or AdapterError."""
+    with _staged(workspace, library.card(workspace, id), to) as (folder, files):
+        items = hub.plan(folder, files, token=token)
+        return Draft(str(files["README.md"]), [(item.path, item.size) for item in items], hub.scan(items))
+
+
 def publish(workspace: Workspace, id: str, to: Push, *, token: str | None = None, report: Callable[[str], None] | None = None) -> hub.Published:
     """Push an adapter with a card of what is known of it. "Published" is said after the remote was read back.
     Raises HubError or AdapterError; a second call sends only what is missing."""
     known = library.card(workspace, id)
-    folder, curve = library.adapter_folder(workspace, id), _curve(workspace, known)
+    with _staged(workspace, known, to) as (folder, files):
+        done = hub.publish(folder, to.repo, private=to.private, token=token, files=files, report=report)
+    record = {"repo": to.repo, "commit": done.commit, "private": done.private, "url": done.url}
+    library.update(workspace, id, publications=[*known["publications"], record])
+    return done
+
+
+@contextlib.contextmanager
+def _staged(workspace: Workspace, known: dict, to: Push) -> Iterator[tuple[Path, dict[str, str | bytes]]]:
+    """A folder with an adapter's files, and what is laid over them: the model card, the public configuration, the loss curve."""
+    folder, curve = library.adapter_folder(workspace, known["id"]), _curve(workspace, known)
     text = card.write(_facts(workspace, known, to.license, curve=card.CURVE if curve else ""), repo_id=to.repo)
     files = {"README.md": text, adapters.CONFIG: _public_config(folder), **({card.CURVE: curve} if curve else {})}
     with tempfile.TemporaryDirectory(prefix=durable.TEMPORARY) as place:
         for path in folder.iterdir():
             if path.name != durable.MARKER:
                 _link_or_copy(path, Path(place) / path.name)
-        done = hub.publish(Path(place), to.repo, private=to.private, token=token, files=files, report=report)
-    record = {"repo": to.repo, "commit": done.commit, "private": done.private, "url": done.url}
-    library.update(workspace, id, publications=[*known["publications"], record])
-    return done
+        yield Path(place), files
 
 
 def _public_config(folder: Path) -> str:
@@ -179,9 +289,10 @@ def pull(
     with tempfile.TemporaryDirectory(dir=workspace.root, prefix=durable.TEMPORARY) as place:
         pulled = hub.pull(repo, Path(place) / "adapter", revision=revision, token=token)
         source = f"{pulled.id}@{pulled.commit}"
-        return _shelve_checked(workspace, pulled.folder, {"source": source}, name=name or repo.rpartition("/")[2], base=base)
+        return _shelve_checked(workspace, pulled.folder, {"source": source, "name": repo.rpartition("/")[2]}, name=name, base=base)
 
 
-def suggest_repo(workspace: Workspace, id: str, *, token: str | None = None) -> str:
-    """A repository id for an adapter: the account's name and the adapter's, as the Hub accepts them. Raises HubError."""
-    return hub.names.suggest(library.card(workspace, id)["name"], owner=hub.who(token).name)
+def suggest_repo(workspace: Workspace, id: str, *, owner: str | None = None, token: str | None = None) -> str:
+    """A repository id for an adapter: the owner's name (by default the account's) and the adapter's, as the Hub accepts them.
+    Raises HubError."""
+    return hub.names.suggest(library.card(workspace, id)["name"], owner=owner or hub.who(token).name)

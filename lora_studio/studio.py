@@ -195,10 +195,14 @@ def adapter_folder(workspace: Workspace, id: str) -> Path:
     return folder / "adapter"
 
 
-def adapter_archive(workspace: Workspace, id: str) -> Path:
-    """The PEFT folder of a run as one .zip beside it, for download."""
-    source = adapter_folder(workspace, id)
-    target = source.with_name(f"{_file_name(show(workspace, id).name)}.zip")
+def adapter_archive(workspace: Workspace, id: str, folder: Path) -> Path:
+    """The PEFT folder of a run as one .zip in `folder`, for download. Raises RunError."""
+    return pack(adapter_folder(workspace, id), folder, show(workspace, id).name)
+
+
+def pack(source: Path, folder: Path, name: str) -> Path:
+    """A published folder as `folder/<name>.zip`, whole or absent."""
+    target = folder / f"{_file_name(name)}.zip"
     part = target.with_name(durable.TEMPORARY + target.name)
     with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:
         for file in sorted(source.iterdir()):

@@ -329,6 +329,14 @@ def test_every_sentence_of_the_library_was_heard():
     }  # fmt: skip
 
 
+def test_a_survey_is_what_find_and_count_have_and_what_can_be_filtered_by(workspace):
+    for number, (tags, base) in enumerate([(["a", "b"], "one"), (["B"], "two"), ([], "one")]):
+        library.add(workspace, files_of(number), {"name": f"x{number}", "base": base, "tags": tags, "created": float(number)})
+    found = library.survey(workspace, base="one", limit=1)
+    assert (found.items, found.count, found.total) == (library.find(workspace, base="one", limit=1), 2, 3)
+    assert (found.bases, [tag.casefold() for tag in found.tags], found.methods) == (["one", "two"], ["a", "b"], ["lora"])
+
+
 @pytest.mark.slow
 def test_ten_thousand_adapters_are_listed_and_searched(workspace, capsys):
     top, draw = workspace.root / "library", random.Random(0)
@@ -345,6 +353,7 @@ def test_ten_thousand_adapters_are_listed_and_searched(workspace, capsys):
         "newest 100": lambda: len(library.find(workspace, limit=100)),
         "search haiku, 100": lambda: len(library.find(workspace, "haiku", limit=100)),
         "count haiku": lambda: library.count(workspace, "haiku"),
+        "a page of the library": lambda: library.survey(workspace, "haiku", limit=60).count,
         "all haiku": lambda: len(library.find(workspace, "haiku")),
         "tag and base": lambda: len(library.find(workspace, tag="t3", base="base-3")),
         "all 10,000": lambda: len(library.find(workspace)),

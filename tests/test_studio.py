@@ -84,13 +84,13 @@ def test_uploads_are_kept_under_safe_names_and_never_overwritten(workspace, tmp_
         studio.upload(workspace, file, "weights.bin")
 
 
-def test_the_archive_holds_the_adapter_and_nothing_else(workspace):
+def test_the_archive_holds_the_adapter_and_nothing_else(workspace, tmp_path):
     folder = runs.create(workspace, parse({"name": "x/../y", "data": [{"path": "x"}]}))
     with pytest.raises(RunError, match="has no adapter yet"):
-        studio.adapter_archive(workspace, folder.name)
+        studio.adapter_archive(workspace, folder.name, tmp_path)
     durable.publish_folder(folder / "adapter", {"adapter_config.json": b"{}", "adapter_model.safetensors": b""})
-    archive = studio.adapter_archive(workspace, folder.name)
-    assert archive.parent == folder
+    archive = studio.adapter_archive(workspace, folder.name, tmp_path)
+    assert archive.parent == tmp_path
     assert zipfile.ZipFile(archive).namelist() == ["x-..-y/adapter_config.json", "x-..-y/adapter_model.safetensors"]
 
 

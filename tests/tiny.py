@@ -93,3 +93,27 @@ def tree(base: Path, rows: Path, **changes) -> dict:
         "output": {"checkpoint_every": 3, "sample_prompts": ["red fox?"], "sample_tokens": 8},
         **changes,
     }
+
+
+def adapter_files(base: Path, *, seed: int, rank: int = 3, size: float = 0.3, ends=("q_proj", "down_proj"), name: str = "") -> dict[str, bytes]:
+    """The files of a random PEFT adapter for a base's folder, which it calls `name`."""
+    import torch
+
+    from lora_studio import adapters
+    from lora_studio.lowrank import LowRank
+
+    draw = torch.Generator().manual_seed(seed)
+    modules = {
+        layer: LowRank(torch.randn(rank, columns, generator=draw) * size, torch.randn(rows, rank, generator=draw) * size, 1.0)
+        for layer, (rows, columns) in adapters.base_shapes(base).items()
+        if layer.endswith(ends)
+    }
+    return adapters.write(adapters.with_modules(adapters.Card("peft", base=name or str(base), task_type="CAUSAL_LM"), modules))
+
+
+def write_adapter(folder: Path, base: Path, **how) -> str:
+    """A random PEFT adapter as a folder. Returns it as a text."""
+    folder.mkdir(parents=True)
+    for name, data in adapter_files(base, **how).items():
+        (folder / name).write_bytes(data)
+    return str(folder)

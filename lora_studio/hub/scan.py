@@ -1,13 +1,14 @@
 """Which files would be published, and what in them must not be: secrets, the token in use, local paths, pickles."""
 
 import hashlib
+import html
 import json
 import os
 import re
 import struct
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lora_studio import durable
@@ -40,6 +41,7 @@ ANYONES_PATH = re.compile(
     r"|(?<![A-Za-z])[A-Za-z]:\\{1,2}Users\\{1,2}[^\\\"\s]+"
     r"|file://"
 )
+MARKDOWN_ESCAPE = re.compile(r"\\([!-/:-@\[-`{-~])")
 PATH_KEY = re.compile(r"(?:path|dir|folder|file)s?$", re.IGNORECASE)
 PATH_VALUE = re.compile(r"^(?:/[\w.]|~|\.{1,2}[/\\]|[A-Za-z]:[\\/]|file:)")
 
@@ -127,7 +129,8 @@ def _item(name: str, source: Path | bytes, token: str | None) -> Item:
         tail = chunk[-len(secret) :] if secret else b""
     if read != size:
         raise OSError(None, "it changed while it was read", name)
-    return Item(name, source, size, sha256.hexdigest(), blob.hexdigest(), leaks, before)
+    item = Item(name, source, size, sha256.hexdigest(), blob.hexdigest(), leaks, before)
+    return replace(item, leaks=True) if token and not leaks and token in _text(item) else item
 
 
 def _chunks(source: Path | bytes) -> Iterator[bytes]:
@@ -156,10 +159,12 @@ def scan(items: Iterable[Item]) -> list[str]:
 
 
 def _text(item: Item) -> str:
-    """What can be read in a file: the text itself, or the free text in the header of a safetensors file."""
+    """What can be read in a file: the text itself (that of Markdown as it is shown), or the free text in the header of a safetensors file."""
     suffix = Path(item.path).suffix.lower()
     if suffix in TEXT:
-        return item.read(LARGEST_TEXT).decode("utf-8", "replace")
+        text = item.read(LARGEST_TEXT).decode("utf-8", "replace")
+        # A token in a paragraph is written hf\_..., and read as hf_...
+        return html.unescape(MARKDOWN_ESCAPE.sub(r"\1", text)) if suffix == ".md" else text
     if suffix != ".safetensors" or item.size < 8:
         return ""
     (length,) = struct.unpack("<Q", item.read(8))

@@ -10,7 +10,7 @@
     unload    [run, device, hold, reason]                         result: unloaded
 
 `parts` is a list of [path, weight] or [path, weight, name]. `sides` is {name: parts}: several answers to the same messages with the
-same seed, spoken in turns, a piece each; no parts are the bare base.
+same seed, spoken in turns, a piece each; no parts are the bare base. `messages` may be {side: messages} too: each its own conversation.
 """
 
 import gc
@@ -69,6 +69,10 @@ class Desk:
         sides, template = request.get("sides", {"answer": request.get("parts") or []}), request.get("template", "auto")
         if not isinstance(sides, dict) or not sides or ("sides" in request and "parts" in request):
             raise BenchError("bench.request", reason="answer needs parts, or sides as {name: parts}")
+        messages = request.get("messages")
+        if isinstance(messages, dict) and messages.keys() != sides.keys():
+            raise BenchError("bench.request", reason=f"messages are for {', '.join(messages)[:60] or 'nobody'}, the sides are {', '.join(sides)[:60]}")
+        conversation = messages if isinstance(messages, dict) else dict.fromkeys(sides, messages)
         one_of("template", template, ("auto", "chatml"))
         manner = Manner(**{name: request[name] for name in ("seed", "temperature", "top_p", "longest") if name in request})
         parts = {side: self.reader.parts(job, rows) for side, rows in sides.items()}
@@ -81,7 +85,7 @@ class Desk:
         weights = {side: self._hang(found) for side, found in parts.items()}
         applied = time.perf_counter() - started
         spoken = {
-            side: self.shelf.answer(request.get("messages"), weights=weights[side], manner=manner, template=template)
+            side: self.shelf.answer(conversation[side], weights=weights[side], manner=manner, template=template)
             for side in sides
         }
         print(f"answering, {len(sides)} at a time", flush=True)

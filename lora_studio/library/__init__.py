@@ -16,10 +16,12 @@ from lora_studio.library.shelf import (
     favourite,
     find,
     folder_of,
+    identify,
     note,
     remove,
     removed,
     rename,
+    survey,
     sweep,
     tag,
     undo,
@@ -27,6 +29,6 @@ from lora_studio.library.shelf import (
 )
 
 __all__ = [
-    "CARD", "Item", "adapter_folder", "add", "card", "children", "count", "favourite", "find", "folder_of", "lineage", "note", "remove",
-    "removed", "rename", "sweep", "tag", "undo", "update", "verify",
+    "CARD", "Item", "adapter_folder", "add", "card", "children", "count", "favourite", "find", "folder_of", "identify", "lineage", "note", "remove",
+    "removed", "rename", "survey", "sweep", "tag", "undo", "update", "verify",
 ]  # fmt: skip

@@ -48,9 +48,4 @@ def _lineage(top: Path, parent: dict, above: tuple[str, ...]) -> dict:
 
 def children(workspace: Workspace, id: str) -> list[str]:
     """The items that were made from this one."""
-    own = folder_of(workspace, id).name
-    return [
-        folder.name
-        for folder in _folders(workspace)
-        if any(isinstance(one, dict) and one.get("id") == own for one in cards.read(folder)["parents"])
-    ]
+    return index.children(root(workspace), folder_of(workspace, id).name)

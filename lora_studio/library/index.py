@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lora_studio.library import cards
 
-VERSION = 1
+VERSION = 2
 FOLDER, FILE = ".index", "library.sqlite"
 ORDERS = {
     "newest": "created DESC, id", "oldest": "created, id", "name": "sorted, id", "size": "bytes DESC, id", "rank": "rank DESC, id",
@@ -18,7 +18,7 @@ SHOWN = ("id", "name", "base", "method", "rank", "alpha", "bytes", "trigger", "t
 SCHEMA = """
 CREATE TABLE items (
   id TEXT PRIMARY KEY, stamp TEXT NOT NULL, name TEXT, base TEXT, method TEXT, rank INTEGER, alpha REAL, bytes INTEGER,
-  trigger TEXT, tags TEXT, favourite INTEGER, created REAL, run TEXT, damage TEXT, sorted TEXT, words TEXT, tag_keys TEXT
+  trigger TEXT, tags TEXT, favourite INTEGER, created REAL, run TEXT, damage TEXT, sorted TEXT, words TEXT, tag_keys TEXT, parents TEXT
 ) WITHOUT ROWID
 """
 
@@ -38,20 +38,56 @@ class Question:
     name: str | None = None
 
 
+@dataclass(frozen=True)
+class Survey:
+    """An answer with what a page of the library shows around it: the items, how many fit, how many there are, and what all of them
+    can be filtered by."""
+
+    items: list[cards.Item]
+    count: int
+    total: int
+    bases: list[str]
+    tags: list[str]
+    methods: list[str]
+
+
 def find(top: Path, question: Question) -> list[cards.Item]:
     """The items of the library in `top` that fit."""
-    where, values = _where(question)
-    limit = -1 if question.limit is None else question.limit
-    statement = f"SELECT {', '.join(SHOWN)} FROM items{where} ORDER BY {ORDERS[question.order]} LIMIT ? OFFSET ?"
     with _opened(top) as connection:
-        return [_item(row) for row in connection.execute(statement, [*values, limit, question.offset])]
+        return _find(connection, question)
 
 
 def count(top: Path, question: Question) -> int:
     """How many items fit."""
-    where, values = _where(question)
     with _opened(top) as connection:
-        return connection.execute(f"SELECT count(*) FROM items{where}", values).fetchone()[0]
+        return _count(connection, question)
+
+
+def survey(top: Path, question: Question) -> Survey:
+    """Everything a page of the library shows, after one look at the folders."""
+    with _opened(top) as connection:
+        distinct = {column: [row[0] for row in connection.execute(f"SELECT DISTINCT {column} FROM items ORDER BY 1")] for column in ("base", "method", "tags")}
+        tags = {tag.casefold(): tag for row in distinct["tags"] if row for tag in row.split("\n")}
+        found, total = _find(connection, question), _count(connection, Question())
+        return Survey(found, _count(connection, question), total, distinct["base"], sorted(tags.values(), key=str.casefold), distinct["method"])
+
+
+def _find(connection: sqlite3.Connection, question: Question) -> list[cards.Item]:
+    where, values = _where(question)
+    limit = -1 if question.limit is None else question.limit
+    statement = f"SELECT {', '.join(SHOWN)} FROM items{where} ORDER BY {ORDERS[question.order]} LIMIT ? OFFSET ?"
+    return [_item(row) for row in connection.execute(statement, [*values, limit, question.offset])]
+
+
+def _count(connection: sqlite3.Connection, question: Question) -> int:
+    where, values = _where(question)
+    return connection.execute(f"SELECT count(*) FROM items{where}", values).fetchone()[0]
+
+
+def children(top: Path, id: str) -> list[str]:
+    """The items that name this one among their parents."""
+    with _opened(top) as connection:
+        return [row[0] for row in connection.execute("SELECT id FROM items WHERE instr(parents, ?) ORDER BY id", (id,))]
 
 
 def _item(row: tuple) -> cards.Item:
@@ -113,7 +149,7 @@ def _synced(connection: sqlite3.Connection, top: Path) -> sqlite3.Connection:
             with connection:
                 connection.executemany("DELETE FROM items WHERE id = ?", [(id,) for id in gone])
                 rows = (_row(id, there[id], cards.read(top / id)) for id in changed)
-                connection.executemany(f"INSERT OR REPLACE INTO items VALUES ({', '.join('?' * 17)})", rows)
+                connection.executemany(f"INSERT OR REPLACE INTO items VALUES ({', '.join('?' * 18)})", rows)
     except BaseException:
         connection.close()
         raise
@@ -148,6 +184,7 @@ def _row(id: str, stamp: str, card: dict) -> tuple:
         id, stamp, card["name"], card["base"], card["method"], _whole(card["rank"]), _number(card["alpha"]), _whole(card["bytes"]),
         card["trigger"], "\n".join(tags), int(card["favourite"]), _number(card["created"]) or 0.0, run, damage, card["name"].casefold(),
         "\n".join(words).casefold(), "\n" + "".join(f"{tag.casefold()}\n" for tag in tags),
+        "\n".join(str(one.get("id", "")) for one in card["parents"] if isinstance(one, dict)),
     )  # fmt: skip
     return tuple(_plain(value) if isinstance(value, str) else value for value in row)
 

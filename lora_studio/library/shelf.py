@@ -89,6 +89,11 @@ def add(workspace: Workspace, source: Path | str | dict[str, bytes], facts: dict
     return id
 
 
+def identify(source: Path) -> str:
+    """The id an adapter's folder has, or would have, in a library. Raises AdapterError."""
+    return cards.content_id(_files(Path(source)))
+
+
 def _mend(target: Path, files: dict[str, bytes], made: dict) -> None:
     """Put back what was lost of an item, now that its content is at hand again. Name, notes and tags stay where they can be read."""
     if cards.damage_of(target):
@@ -256,13 +261,18 @@ def sweep(workspace: Workspace, *, now: float | None = None) -> int:
 
 
 def find(
-    workspace: Workspace, text: str = "", *, base=None, tag=None, method=None, favourite=None, order="newest", limit=None, offset=0
+    workspace: Workspace, text: str = "", *, base=None, tag=None, method=None, favourite=None, name=None, order="newest", limit=None, offset=0
 ) -> list[cards.Item]:
-    """The items that hold every word of `text` (in name, base, method, tags, trigger, notes, id) and fit the filters.
+    """The items that hold every word of `text` (in name, base, method, tags, trigger, notes, id) and fit the filters (`name` is exact).
     Orders: newest, oldest, name, size, rank."""
-    return index.find(root(workspace), index.Question(text, base, tag, method, favourite, order, limit, offset))
+    return index.find(root(workspace), index.Question(text, base, tag, method, favourite, order, limit, offset, name))
 
 
 def count(workspace: Workspace, text: str = "", *, base=None, tag=None, method=None, favourite=None) -> int:
     """How many items `find` has without a limit."""
     return index.count(root(workspace), index.Question(text, base, tag, method, favourite))
+
+
+def survey(workspace: Workspace, text: str = "", **asked) -> index.Survey:
+    """What `find` has, with what a page of the library shows around it. `asked` are the filters, order and limit of `find`."""
+    return index.survey(root(workspace), index.Question(text, **asked))

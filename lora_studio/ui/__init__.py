@@ -5,22 +5,30 @@ import os
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
+import shutil
+import tempfile
 import threading
 import time
+from pathlib import Path
 
 import gradio as gr
+from starlette.background import BackgroundTask
 from starlette.middleware import Middleware
 from starlette.responses import FileResponse, PlainTextResponse, Response
 
-from lora_studio import studio
+from lora_studio import shelf, studio
 from lora_studio.errors import StudioError
 from lora_studio.ui import guard, theme
+from lora_studio.ui.blend import Blend
+from lora_studio.ui.library import Library
+from lora_studio.ui.playground import Playground
+from lora_studio.ui.publish import Publish
 from lora_studio.ui.runs import Runs
 from lora_studio.ui.train import Train
 from lora_studio.workspace import Workspace, local
 
 PUMP_SECONDS = 2.0
-PAGES = ("train", "runs")
+PAGES = {"train": Train, "runs": Runs, "library": Library, "blend": Blend, "playground": Playground, "publish": Publish}
 # Tabs say that they were selected while the page loads too; the address follows only once it has been read.
 ADDRESS = "() => { if(!window.studioIsReady) return; const url = new URL(location); url.searchParams.set('tab', '%s'); history.replaceState(null, '', url); }"
 QUIET = {"show_progress": "hidden", "api_visibility": "private"}
@@ -29,20 +37,31 @@ QUIET = {"show_progress": "hidden", "api_visibility": "private"}
 def build(workspace: Workspace | None = None) -> gr.Blocks:
     """The studio's pages over a workspace."""
     workspace = workspace or local()
-    train, run = Train(workspace), Runs(workspace)
+    found = {name: kind(workspace) for name, kind in PAGES.items()}
+    by_name = {}
     with gr.Blocks(title="LoRA Studio", fill_width=True, delete_cache=(3600, 86400)) as pages:
         gr.HTML(studio.hardware(), html_template=theme.BRAND, css_template=theme.BRAND_CSS, elem_classes="flush")
         with gr.Tabs(selected="train", overflow_behavior="menu") as tabs:
-            with gr.Tab("Train", id="train") as train_tab:
-                train.build()
-            with gr.Tab("Runs", id="runs") as runs_tab:
-                run.build()
-        train.connect((lambda id: _opened(run, id), [tabs, *run.opened]))
-        run.connect(train, tabs)
-        _connect_tabs(pages, tabs, {"train": train_tab, "runs": runs_tab}, run)
+            for name, page in found.items():
+                with gr.Tab(name.capitalize(), id=name) as by_name[name]:
+                    page.build()
+        _connect_pages(tabs, by_name, found)
+        _connect_tabs(pages, tabs, by_name, found)
+        train = found["train"]
         pages.load(lambda: train.fill(train.first), None, [*train.form.values(), train.data, train.plus], **QUIET)
         pages.load(lambda: train.first, None, train.preset, **QUIET)
     return pages
+
+
+def _connect_pages(tabs: gr.Tabs, by_name: dict, found: dict) -> None:
+    """Let every page act, and lead to the others."""
+    run, library, publish = found["runs"], found["library"], found["publish"]
+    found["train"].connect((lambda id: _opened(run, id), [tabs, *run.opened]))
+    run.connect(found["train"], library, tabs)
+    library.connect(tabs, found)
+    found["blend"].connect(tabs, found["playground"], library, publish)
+    found["playground"].connect(tabs, found["blend"])
+    publish.connect(by_name["publish"])
 
 
 def _opened(run: Runs, id: str | None) -> list:
@@ -52,20 +71,26 @@ def _opened(run: Runs, id: str | None) -> list:
     return [gr.Tabs(selected="runs"), *run.open(id)]
 
 
-def _connect_tabs(pages: gr.Blocks, tabs: gr.Tabs, by_name: dict, run: Runs) -> None:
-    """Deep links (?tab=&run=), the address that follows, and a timer that ticks only while its page is open."""
+def _connect_tabs(pages: gr.Blocks, tabs: gr.Tabs, by_name: dict, found: dict) -> None:
+    """Deep links (?tab=&run=&adapter=), the address that follows, and a timer that ticks only while its page is open."""
+    run, library = found["runs"], found["library"]
 
     def route(request: gr.Request):
-        wanted, id = request.query_params.get("tab"), request.query_params.get("run")
-        if wanted not in by_name and id is None:
-            return [gr.skip()] * (2 + len(run.opened))
-        return [gr.Tabs(selected=wanted if wanted in by_name else "runs"), gr.Timer(active=True), *run.open(id)]
+        asked = request.query_params
+        wanted, id, adapter = asked.get("tab"), asked.get("run"), asked.get("adapter")
+        tab = wanted if wanted in by_name else "runs" if id else "library" if adapter else None
+        if tab is None:
+            return [gr.skip()] * (2 + len(run.opened) + len(library.opened))
+        shown = library.open(adapter) if adapter else [gr.skip()] * len(library.opened)
+        return [gr.Tabs(selected=tab), gr.Timer(active=tab == "runs"), *run.open(id), *shown]
 
-    pages.load(route, None, [tabs, run.timer, *run.opened], **QUIET).then(None, None, None, js="() => { window.studioIsReady = true; }", **QUIET)
+    outputs = [tabs, run.timer, *run.opened, *library.opened]
+    pages.load(route, None, outputs, **QUIET).then(None, None, None, js="() => { window.studioIsReady = true; }", **QUIET)
     for name, tab in by_name.items():
         tab.select(None, None, None, js=ADDRESS % name, api_visibility="private")
         tab.select(lambda name=name: gr.Timer(active=name == "runs"), None, run.timer, queue=False, **QUIET)
     by_name["runs"].select(lambda id, asking: run.open(id) if id is None else [gr.skip()] * 5 + run.refresh(id, asking), [run.chosen, run.asking], run.opened, **QUIET)
+    by_name["library"].select(library.search, [*library.asked, library.chosen], library.listed, **QUIET)
 
 
 def serve(*, host: str = "127.0.0.1", port: int = 7860, block: bool = True):
@@ -94,19 +119,22 @@ def serve(*, host: str = "127.0.0.1", port: int = 7860, block: bool = True):
         prevent_thread_lock=True,
         app_kwargs={"middleware": [Middleware(guard.SameOrigin, hosts=hosts)], "openapi_url": None},
     )
-    app.add_api_route("/studio/adapter/{id}", lambda id: _download(workspace, id), methods=["GET"])
+    app.add_api_route("/studio/adapter/{id}", lambda id: _download(lambda place: studio.adapter_archive(workspace, id, place)), methods=["GET"])
+    app.add_api_route("/studio/library/{id}", lambda id: _download(lambda place: shelf.archive(workspace, id, place)), methods=["GET"])
     if block:
         pages.block_thread()
     return pages
 
 
-def _download(workspace: Workspace, id: str) -> Response:
-    """The adapter of a run as a .zip; whatever is not such a run is not found."""
+def _download(pack) -> Response:
+    """What `pack` writes into a folder, as a .zip that is gone once it was sent; what is not there is not found."""
+    place = Path(tempfile.mkdtemp(prefix="lora-studio-"))
     try:
-        archive = studio.adapter_archive(workspace, id)
+        archive = pack(place)
     except StudioError as error:
+        shutil.rmtree(place, ignore_errors=True)
         return PlainTextResponse(str(error), status_code=404)
-    return FileResponse(archive, filename=archive.name, media_type="application/zip")
+    return FileResponse(archive, filename=archive.name, media_type="application/zip", background=BackgroundTask(shutil.rmtree, place, True))
 
 
 def _pump_forever() -> None:

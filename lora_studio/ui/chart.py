@@ -123,7 +123,8 @@ function draw(){
   const drawn = view === 'loss' ? [series(1), marks] : [series(2), series(3)];
   let y0 = Infinity, y1 = -Infinity; for(const rows of drawn) for(const [, y] of rows){ if(y < y0) y0 = y; if(y > y1) y1 = y; }
   if(view === 'rates') y0 = Math.min(0, y0); if(y0 === y1){ y0 -= .5; y1 += .5; }
-  const x0 = points[0], x1 = Math.max(points[points.length - WIDTH], x0 + 1), L = 52, R = 12, T = 10, B = 24;
+  const judgedFrom = marks.length ? marks[0][0] : Infinity, judgedTo = marks.length ? marks[marks.length - 1][0] : 0;
+  const x0 = Math.min(points[0], judgedFrom), x1 = Math.max(points[points.length - WIDTH], judgedTo, x0 + 1), L = 52, R = 12, T = 10, B = 24; element.dataset.axis = `${x0} ${x1}`;
   const X = x => L + (x - x0) / (x1 - x0) * (w - L - R), Y = y => T + (y1 - y) / (y1 - y0) * (h - T - B);
   pen.lineWidth = 1; pen.strokeStyle = grid;
   for(let i = 0; i <= 4; i++){ const y = y0 + (y1 - y0) * i / 4; pen.beginPath(); pen.moveTo(L, Y(y)); pen.lineTo(w - R, Y(y)); pen.stroke(); pen.textAlign = 'right'; pen.fillText(tick_(y, y1 - y0), L - 7, Y(y) + 4); }

@@ -4,7 +4,7 @@ import time
 
 import gradio as gr
 
-from lora_studio import runs, settings, studio
+from lora_studio import library, runs, settings, studio
 from lora_studio.errors import StudioError
 from lora_studio.ui import theme
 from lora_studio.ui.chart import Curves, LiveChart
@@ -69,6 +69,7 @@ class Runs:
             self.stop = gr.Button("Stop", variant="stop", size="md", interactive=False)
             self.resume = gr.Button("Resume", size="md", interactive=False)
             self.again = gr.Button("Reuse settings", size="md", interactive=False)
+            self.shelved = gr.Button("Show in library", size="md", interactive=False)
             self.download = gr.Button("Download adapter", size="md", link_target="_self", interactive=False)
         with gr.Column(visible=False, elem_id="stop-box") as self.box:
             self.question = gr.Markdown("")
@@ -88,14 +89,14 @@ class Runs:
     @property
     def shown(self) -> list:
         """What changes while a run goes on."""
-        return [self.list, self.tiles, self.notes, self.samples, self.log, self.stop, self.resume, self.again, self.download, self.box]
+        return [self.list, self.tiles, self.notes, self.samples, self.log, self.stop, self.resume, self.again, self.shelved, self.download, self.box]
 
     @property
     def opened(self) -> list:
         """What showing another run fills."""
         return [self.chosen, self.chart, self.command, self.yaml, self.asking, *self.shown]
 
-    def connect(self, train, tabs) -> None:
+    def connect(self, train, shelf_page, tabs) -> None:
         """Let the parts act."""
         self.list.pick(self.pick, None, self.opened, **QUIET)
         self.timer.tick(self.tick, [self.chosen, self.asking, self.seen], [self.seen, *self.shown], queue=False, **QUIET)
@@ -105,6 +106,7 @@ class Runs:
         self.go_on.click(self.keep_going, self.chosen, [self.asking, self.box], **QUIET)
         self.resume.click(self.go, self.chosen, None, **QUIET).then(self.refresh, [self.chosen, self.asking], self.shown, **QUIET)
         self.again.click(self.reuse, self.chosen, [*train.form.values(), train.data, train.plus, tabs], **QUIET)
+        self.shelved.click(lambda id: self.to_library(shelf_page, id), self.chosen, [tabs, *shelf_page.opened], **QUIET)
         self.train = train
 
     def open(self, id: str | None) -> list:
@@ -143,7 +145,7 @@ class Runs:
         listed = [entry(status, id) for status in found]
         status = next((status for status in found if status.id == id), None)
         if status is None:
-            return [listed, [], [], [], "", *[gr.update(interactive=False)] * 4, gr.update(visible=False)]
+            return [listed, [], [], [], "", *[gr.update(interactive=False)] * 5, gr.update(visible=False)]
         events = self.curves.told(status.id)
         live = status.is_live or status.state == "queued"
         ready = next((event for event in reversed(events) if event["kind"] == "saved" and event["what"].startswith("adapter")), None)
@@ -156,6 +158,7 @@ class Runs:
             gr.update(interactive=live),
             gr.update(interactive=status.state in ("stopped", "failed")),
             gr.update(interactive=True),
+            gr.update(interactive=ready is not None and not live),
             gr.update(interactive=ready is not None and not live, link=f"/studio/adapter/{status.id}" if ready and not live else None),
             gr.update(visible=bool(asking and live)),
         ]
@@ -165,7 +168,7 @@ class Runs:
     def ask(self, id: str):
         """Ask how to stop; the run goes on meanwhile."""
         status = studio.show(self.workspace, id)
-        return True, gr.update(visible=True), f"Stop **{plain(status.name)}** at step {status.step} of {status.steps}? The run goes on until you choose."
+        return True, gr.update(visible=True), f"Stop **{theme.plain(status.name)}** at step {status.step} of {status.steps}? The run goes on until you choose."
 
     def end_saving(self, id: str):
         return self.end(id, save=True)
@@ -193,6 +196,13 @@ class Runs:
             gr.Success("It goes on from its newest whole checkpoint.")
         except StudioError as error:
             gr.Warning(str(error))
+
+    def to_library(self, page, id: str) -> list:
+        """The Library page with the adapter of a run."""
+        found = next((item for item in library.find(self.workspace, id) if item.run == id), None)
+        if found is None:
+            gr.Warning("The adapter of this run is not in the library; it may have been removed. Bring it back there, or resume the run.")
+        return [gr.Tabs(selected="library"), *page.open(found.id if found else None)]
 
     def reuse(self, id: str):
         """The Train form with this run's settings."""
@@ -258,8 +268,3 @@ def samples_of(events: list[dict]) -> list[dict]:
         if event["kind"] == "sample":
             answers.setdefault(event["prompt"], []).append({"step": event["step"], "answer": event["answer"] or "(nothing)"})
     return [{"prompt": prompt, "answers": found[-8:]} for prompt, found in answers.items()]
-
-
-def plain(text: str) -> str:
-    """A name inside Markdown, with nothing that Markdown or HTML would act on."""
-    return "".join(letter if letter.isalnum() or letter in " .,-_" else " " for letter in text)

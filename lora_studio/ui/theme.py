@@ -137,3 +137,8 @@ def sentences(**options) -> gr.HTML:
 def said(level: str, sentence: str, path: str = "") -> dict:
     """One entry of `sentences`; the path stands before it unless the sentence begins with it."""
     return {"level": level, "path": "" if sentence.startswith(path) else path, "sentence": sentence, "sign": SIGNS[level]}
+
+
+def plain(text: str) -> str:
+    """A name inside Markdown, with nothing that Markdown or HTML would act on."""
+    return "".join(letter if letter.isalnum() or letter in " .,-_" else " " for letter in text)

@@ -18,6 +18,8 @@ PREVIEW_CSS = """
 .preview b{font-size:11px;color:var(--body-text-color-subdued);font-weight:400;display:inline-block;min-width:62px}
 """
 QUIET = {"show_progress": "hidden", "api_visibility": "private"}
+# What a person types: while one event is answered the next ones would be dropped, so the last is asked for again.
+TYPED = {**QUIET, "trigger_mode": "always_last"}
 
 
 class Train:
@@ -81,11 +83,13 @@ class Train:
         look = {"fn": self.look, "inputs": self.inputs, "outputs": self.shown, "trigger_mode": "always_last", "concurrency_limit": None, **QUIET}
         changes = [component.change for path, component in self.form.items()]
         gr.on(changes, **look)
-        self.preset.input(self.fill, self.preset, [*self.form.values(), self.data, self.plus], **QUIET)
-        self.data.input(self.pick, {self.data, self.form["data"]}, self.form["data"], **QUIET)
-        self.form["data"].input(self.follow_sources, self.form["data"], self.data, **QUIET)
+        self.preset.input(self.fill, self.preset, [*self.form.values(), self.data, self.plus], **TYPED)
+        # Gradio tells no `input` of pasted text and of rows that were typed; `change` comes of what was filled in too, and then there is
+        # nothing to follow.
+        self.data.change(self.pick, {self.data, self.form["data"]}, self.form["data"], **TYPED)
+        self.form["data"].change(self.follow_sources, {self.data, self.form["data"]}, self.data, **TYPED)
         self.upload.upload(self.keep, {self.upload, self.form["data"]}, [self.data, self.form["data"]], api_visibility="private")
-        self.plus.input(self.switch, {self.plus, self.form["optim.lr"], self.form["optim.lora_plus_ratio"]}, [self.form["optim.lr"], self.form["optim.lora_plus_ratio"]], **QUIET)
+        self.plus.input(self.switch, {self.plus, self.form["optim.lr"], self.form["optim.lora_plus_ratio"]}, [self.form["optim.lr"], self.form["optim.lora_plus_ratio"]], **TYPED)
         self.check.click(self.look_deep, self.inputs, self.shown, show_progress="minimal", show_progress_on=self.problems, api_visibility="private", concurrency_limit=2)
         show, outputs = open_run
         begin = self.start.click(self.begin, self.inputs, [*self.shown, self.started], show_progress="minimal", show_progress_on=self.problems, api_visibility="private", concurrency_limit=2)
@@ -111,11 +115,14 @@ class Train:
     def pick(self, given: dict):
         """The sources as YAML for the rows that were picked; what was set for a source stays with it."""
         before = {source["path"]: source for source in _sources(given[self.form["data"]])}
+        if list(before) == (given[self.data] or []):
+            return gr.skip()
         return forms.show(forms.leaf("data"), [before.get(path, {"path": path}) for path in given[self.data] or []])
 
-    def follow_sources(self, text: str):
+    def follow_sources(self, given: dict):
         """The rows that the sources name."""
-        return gr.update(value=[source["path"] for source in _sources(text)], choices=studio.data_choices(self.workspace))
+        named = [source["path"] for source in _sources(given[self.form["data"]])]
+        return gr.skip() if named == given[self.data] else gr.update(value=named, choices=studio.data_choices(self.workspace))
 
     def keep(self, given: dict):
         """Keep uploaded files in the workspace and add them to the sources."""

@@ -1,5 +1,6 @@
 """A server of its own for each file of tests, and Chromium; no page may ask anything of the outside."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -12,6 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.browser import made
+from tests.hub.server import Hub
+
+TOKEN = "hf_" + "c4N4" * 8
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 ROOT = Path(__file__).parent.parent.parent
 CHROMIUM = os.environ.get("CHROMIUM") or next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
@@ -20,7 +25,8 @@ CHROMIUM = os.environ.get("CHROMIUM") or next((path for name in ("chromium", "ch
 class Server:
     """`python app.py` with a home and a port of its own, started and killed as a person or an accident would."""
 
-    def __init__(self, home: Path):
+    def __init__(self, home: Path, **environment: str):
+        self.environment = environment
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -28,7 +34,7 @@ class Server:
 
     def start(self) -> float:
         """Start it; seconds until it answered."""
-        environment = {**os.environ, "LORA_STUDIO_HOME": str(self.home), "GRADIO_SERVER_PORT": str(self.port), "GRADIO_TEMP_DIR": str(self.home.parent / "gradio"), "HF_HUB_OFFLINE": "1"}
+        environment = {**os.environ, "LORA_STUDIO_HOME": str(self.home), "GRADIO_SERVER_PORT": str(self.port), "GRADIO_TEMP_DIR": str(self.home.parent / "gradio"), "HF_HUB_OFFLINE": "1", **self.environment}
         self.log = open(self.home.parent / "server.log", "ab")
         began = time.monotonic()
         self.process = subprocess.Popen([sys.executable, str(ROOT / "app.py")], env=environment, stdout=self.log, stderr=self.log, cwd=self.home.parent)
@@ -45,6 +51,13 @@ class Server:
         """SIGKILL, as an accident would."""
         self.process.send_signal(signal.SIGKILL)
         self.process.wait(20)
+
+    def end(self) -> None:
+        """End it as Ctrl-C would, and the bench it may have started."""
+        self.process.terminate()
+        self.process.wait(20)
+        with made.at(self.home) as bench:
+            bench.stop()
 
     def memory(self) -> int:
         """Its resident size in bytes."""
@@ -64,8 +77,9 @@ def chromium():
         if os.environ.get("LORA_STUDIO_REQUIRE_BROWSER") == "1":
             pytest.fail(sentence)
         pytest.skip(sentence)
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import expect, sync_playwright
 
+    expect.set_options(timeout=30_000)
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield browser
@@ -74,19 +88,40 @@ def chromium():
 
 @pytest.fixture(scope="module")
 def server(chromium, tmp_path_factory):
-    made = Server(tmp_path_factory.mktemp("served") / "home")
-    made.started_in = made.start()
-    yield made
-    made.process.terminate()
-    made.process.wait(20)
+    found = Server(tmp_path_factory.mktemp("served") / "home")
+    found.started_in = found.start()
+    yield found
+    found.end()
+
+
+@pytest.fixture(scope="module")
+def hub():
+    """A small Hub on loopback with two people."""
+    found = Hub()
+    found.account("me", token=TOKEN)
+    found.account("other", token="hf_" + "Z9y8" * 8)
+    yield found
+    found.close()
+
+
+def hub_environment(hub, home: Path) -> dict[str, str]:
+    """What makes the real client speak to that Hub, without a login of its own."""
+    return {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home.parent / "hf"), "HF_TOKEN": ""}
 
 
 @pytest.fixture
 def open_page(chromium, server):
     """A function that opens a page; what it asked of others and its script errors fail the test."""
+    with pages(chromium) as opened:
+        yield lambda path="/", **options: opened(server, path, **options)
+
+
+@contextlib.contextmanager
+def pages(chromium):
+    """A function that opens a page of a server; what any asked of others and their script errors fail the test."""
     contexts, errors, external = [], [], []
 
-    def opened(path="/", **options):
+    def opened(server, path="/", **options):
         context = chromium.new_context(viewport={"width": 1280, "height": 900}, reduced_motion="reduce", **options)
         contexts.append(context)
         page = context.new_page()
@@ -97,8 +132,10 @@ def open_page(chromium, server):
         page.get_by_role("tab", name="Train").wait_for()
         return page
 
-    yield opened
-    for context in contexts:
-        context.close()
+    try:
+        yield opened
+    finally:
+        for context in contexts:
+            context.close()
     assert not errors, errors
     assert not external, external

@@ -65,6 +65,42 @@ def test_switching_lora_plus_on_lowers_the_base_rate_and_shows_both(open_page, f
     expect(page.locator("#rates")).to_contain_text("A learns at")
 
 
+def test_the_rows_and_the_sources_follow_each_other_typed_pasted_or_picked(open_page, field):
+    page = open_page()
+    expect(field(page, "name")).to_have_value("pirate")
+    picked = page.locator(".block", has=page.get_by_label("Rows to train on")).last
+    page.get_by_text("Advanced: every other setting").click()
+    page.get_by_text("Sources", exact=True).click()
+    sources = field(page, "data")
+    sources.select_text()
+    page.keyboard.insert_text("- path: demo/capitals")  # as a paste does: one event, no key
+    expect(picked).to_contain_text("demo: capitals")
+    expect(picked).not_to_contain_text("demo: pirate")
+    sources.select_text()
+    page.keyboard.type("- path: demo/pirate")
+    expect(picked).to_contain_text("demo: pirate")
+    page.get_by_label("Rows to train on").click()
+    page.get_by_role("option", name="demo: capitals").click()
+    expect(sources).to_have_value("- path: demo/pirate\n- path: demo/capitals")
+    page.get_by_label("Rows to train on").fill("nowhere.jsonl")
+    page.get_by_label("Rows to train on").press("Enter")
+    expect(sources).to_have_value("- path: demo/pirate\n- path: demo/capitals\n- path: nowhere.jsonl")
+    expect(problems(page)).to_contain_text("nowhere.jsonl is not there")
+    page.get_by_label("Rows to train on").press("Backspace")
+    expect(problems(page)).to_contain_text("Ready to start.")
+
+
+def test_a_validation_before_the_first_step_lies_within_the_axes(server, open_page):
+    folder = runs.create(workspace.Workspace(server.home), parse({"name": "judged", "data": [{"path": "x"}]}))
+    with runs.Events(folder) as events:
+        events.emit("eval", step=0, loss=5.0)
+        for step in range(1, 21):
+            events.emit("step", step=step, steps=20, loss=1 / step, lr_A=1e-4, lr_B=1e-3, grad_norm=1.0, tokens_per_second=1.0, memory=1, seconds_left=9.0)
+        events.emit("eval", step=24, loss=0.1)
+    page = open_page(f"/?tab=runs&run={folder.name}")
+    expect(page.locator("[data-axis='0 24']")).to_be_attached()
+
+
 def test_a_preset_fills_the_form(open_page, field):
     page = open_page()
     expect(field(page, "name")).to_have_value("pirate")
@@ -114,7 +150,7 @@ def test_no_script_of_a_stranger_runs(server, open_page, field, tmp_path):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
 def test_nothing_sticks_out_in_light_dark_and_on_a_phone(open_page, scheme, width):
-    for path in ("/?tab=train", "/?tab=runs"):
+    for path in ("/?tab=train", "/?tab=runs", "/?tab=library", "/?tab=blend", "/?tab=playground", "/?tab=publish"):
         page = open_page(f"{path}&__theme={scheme}")
         page.set_viewport_size({"width": width, "height": 844})
         page.wait_for_timeout(400)

@@ -12,16 +12,16 @@ import time
 
 import psutil
 import pytest
-import torch
 
 from lora_studio import adapters, blend, durable, runs
 from lora_studio.errors import AdapterError, BaseModelError, BenchError, BlendError
 from lora_studio.home import demo_base
 from lora_studio.jobs import bench, queue
-from lora_studio.lowrank import LowRank
 from lora_studio.spec import parse
 from lora_studio.workspace import local
 from tests import tiny
+from tests.browser import made
+from tests.tiny import write_adapter
 
 ASK = [{"role": "user", "content": "red fox?"}]
 LONG = {"messages": ASK, "temperature": 3.0, "longest": 480, "seed": 5}
@@ -39,31 +39,13 @@ def is_gone(pid):
     return not psutil.pid_exists(pid)
 
 
-def write_adapter(folder, base, *, seed, rank=3, size=0.3, ends=("q_proj", "down_proj")):
-    """A random PEFT adapter for the tiny Llama, or for the demo."""
-    shapes = adapters.base_shapes(base)
-    draw = torch.Generator().manual_seed(seed)
-    modules = {
-        name: LowRank(torch.randn(rank, columns, generator=draw) * size, torch.randn(rows, rank, generator=draw) * size, 1.0)
-        for name, (rows, columns) in shapes.items()
-        if name.endswith(ends)
-    }
-    folder.mkdir(parents=True)
-    for name, data in adapters.write(adapters.with_modules(adapters.Card("peft", base=str(base), task_type="CAUSAL_LM"), modules)).items():
-        (folder / name).write_bytes(data)
-    return str(folder)
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A home whose bench serves many tests."""
     folder = tmp_path_factory.mktemp("bench")
     yield folder
-    before = os.environ.get("LORA_STUDIO_HOME")
-    os.environ["LORA_STUDIO_HOME"] = str(folder / "home")
-    bench.stop()
-    if before:
-        os.environ["LORA_STUDIO_HOME"] = before
+    with made.at(folder / "home"):
+        bench.stop()
 
 
 @pytest.fixture
@@ -117,6 +99,19 @@ def test_base_adapter_and_blend_side_by_side_with_the_same_seed(shared, base, pa
         assert said(base, parts=parts, seed=3, temperature=0.9)["sides"]["answer"]["text"] == done["sides"][side]["text"]
     assert len({told["text"] for told in done["sides"].values()}) == 3
     assert said(base, parts=[[pair[0], 0.0]], seed=3, temperature=0.9)["sides"]["answer"] == {**done["sides"]["base"], "active": []}
+
+
+def test_each_side_may_have_a_conversation_of_its_own(shared, base, pair):
+    other = [*ASK, {"role": "assistant", "content": "yes"}, {"role": "user", "content": "green owl?"}]
+    sides = {"base": [], "adapter": [[pair[0], 1.0]]}
+    done = said(base, sides=sides, messages={"base": ASK, "adapter": other}, seed=3, temperature=0.9)
+    assert done["sides"]["base"]["text"] == said(base, parts=[], messages=ASK, seed=3, temperature=0.9)["sides"]["answer"]["text"]
+    assert done["sides"]["adapter"]["text"] == said(base, parts=sides["adapter"], messages=other, seed=3, temperature=0.9)["sides"]["answer"]["text"]
+    for messages in ({"base": ASK}, {"base": ASK, "adapter": other, "third": ASK}, {}):
+        with pytest.raises(BenchError, match="the sides are base, adapter"):
+            said(base, sides=sides, messages=messages)
+    with pytest.raises(BenchError, match="Write a message"):
+        said(base, sides=sides, messages={"base": ASK, "adapter": []})
 
 
 def test_an_adapter_of_another_base_of_the_same_shape_is_noted(shared, pair, tmp_path):

@@ -1,0 +1,151 @@
+"""The mix: which adapters are picked, and the weight of each. A part of the Blend page and of the Playground."""
+
+import math
+import time
+
+import gradio as gr
+
+from lora_studio import library
+from lora_studio.errors import AdapterError, BlendError
+from lora_studio.ui import theme
+from lora_studio.workspace import Workspace
+
+POOL = 8
+LEAST, MOST, STEP = -2.0, 2.0, 0.01
+NEWEST = 300
+QUIET = {"show_progress": "hidden", "api_visibility": "private"}
+# While one event is answered the next ones would be dropped, so the last is asked for again.
+LIVE = {**QUIET, "trigger_mode": "always_last", "concurrency_limit": None}
+
+Parts = list[list]
+
+
+class Weight(gr.Slider):
+    """A slider that hands on whatever was typed into its number box: `Mix.parts` judges it in words."""
+
+    def get_block_name(self) -> str:
+        """The component of the page that shows it."""
+        return "slider"
+
+    def preprocess(self, payload):
+        """The weight as it came."""
+        return payload
+
+
+class Mix:
+    """A picker of adapters and a fixed pool of weights, of which those in use are shown. Everything inside keeps the weights of what
+    stays when the pick changes; `turn` changes whenever the pick or all weights were set, `sliders` tell of a single weight."""
+
+    def __init__(self, workspace: Workspace, name: str = "mix"):
+        self.workspace, self.name = workspace, name
+
+    def build(self) -> None:
+        """Lay it out inside the current column."""
+        with gr.Column(elem_id=self.name):
+            self.pick = gr.Dropdown(
+                self.choices(), value=[], multiselect=True, allow_custom_value=True, label="Adapters", interactive=True,
+                info="Pick some of the newest, or type a name or an id and press Enter.",
+            )  # fmt: skip
+            self.sliders = [
+                Weight(LEAST, MOST, value=1.0, step=STEP, label=f"Weight {number + 1}", visible=False, interactive=True, buttons=[], elem_id=f"{self.name}-weight-{number}")
+                for number in range(POOL)
+            ]
+            self.told = theme.sentences(elem_id=f"{self.name}-told", visible=False)
+        self.held, self.turn = gr.State([]), gr.State(0)
+        # Its `change` and not its `input`: Gradio tells no `input` of a typed name.
+        self.pick.change(self.choose, self.inputs, self.opened, **LIVE)
+
+    @property
+    def inputs(self) -> list:
+        """What says which adapters are mixed, and how."""
+        return [self.pick, self.held, *self.sliders]
+
+    @property
+    def opened(self) -> list:
+        """What showing another mix fills."""
+        return [self.pick, self.held, self.turn, *self.sliders, self.told]
+
+    def parts(self, pick, held, *weights) -> Parts:
+        """The mix as [[id, weight], ...] from the values of `inputs`. Raises StudioError."""
+        known = dict(zip(held or [], weights))
+        found = list(dict.fromkeys(library.folder_of(self.workspace, text).name for text in pick or []))
+        if len(found) > POOL:
+            raise BlendError("mix.many", count=len(found), most=POOL)
+        return [[id, self._weight(id, known.get(id, 1.0))] for id in found]
+
+    def _weight(self, id: str, given) -> float:
+        if isinstance(given, bool) or not isinstance(given, int | float) or not math.isfinite(given) or not LEAST <= given <= MOST:
+            shown = "empty" if given is None else repr(given)[:40]
+            raise BlendError("mix.weight", name=self.label(id), weight=shown, least=LEAST, most=MOST)
+        return float(given)
+
+    def open(self, parts: Parts) -> list:
+        """Updates that show other parts. An adapter that is gone is named in a sentence."""
+        weights = dict(parts)
+        return self._updates(list(weights), None, weights)
+
+    def choose(self, pick, held, *weights) -> list:
+        """Updates after the pick has changed: those that stay keep their weights, new ones get 1."""
+        return self._updates(pick or [], dict(enumerate(held or [])), dict(zip(held or [], weights)))
+
+    def _updates(self, wanted: list[str], places: dict[int, str] | None, weights: dict) -> list:
+        """`places` says which adapter each slider has now, so that it is left alone where that stays; None sets everything anew."""
+        shown, told = [], []
+        for text in dict.fromkeys(wanted):
+            try:
+                id = library.folder_of(self.workspace, text).name
+                shown += [id] if id not in shown else []
+            except AdapterError as error:
+                told.append(theme.said("error", str(error)))
+                shown.append(text)
+        found = [id for id in shown if self._is_there(id)]
+        if len(found) > POOL:
+            told.append(theme.said("error", str(BlendError("mix.many", count=len(found), most=POOL))))
+        held = found[:POOL]
+        sliders = []
+        for number in range(POOL):
+            id = held[number] if number < len(held) else None
+            if id is None:
+                sliders.append(gr.update(visible=False))
+            elif places and places.get(number) == id:
+                sliders.append(gr.skip())  # a weight that is being dragged is left alone
+            else:
+                sliders.append(gr.update(visible=True, label=self.label(id), value=weights.get(id, 1.0)))
+        # The value only where a typed name became an id: what the person picks meanwhile is not taken back.
+        value = {"value": shown} if shown != wanted or places is None else {}
+        return [gr.update(choices=self.choices(shown), **value), held, time.monotonic_ns(), *sliders, gr.update(value=told, visible=bool(told))]
+
+    def _is_there(self, id: str) -> bool:
+        try:
+            return library.folder_of(self.workspace, id).name == id
+        except AdapterError:
+            return False
+
+    def fresh(self, pick):
+        """The picker with what has come into the library since."""
+        return gr.update(choices=self.choices(pick or []))
+
+    def choices(self, also=()) -> list[tuple[str, str]]:
+        """The newest adapters as (label, id), and those of `also`."""
+        found = {item.id: _described(item.name, item.base, item.rank) for item in library.find(self.workspace, limit=NEWEST)}
+        for id in also:
+            if id not in found and self._is_there(id):
+                card = library.card(self.workspace, id)
+                found[id] = _described(card["name"], card["base"], card["rank"])
+        return [(label, id) for id, label in found.items()]
+
+    def label(self, id: str) -> str:
+        """The name of an adapter."""
+        return library.card(self.workspace, id)["name"]
+
+
+def _described(name: str, base: str, rank: int) -> str:
+    """An adapter in a list: a base that is a folder of this machine by the folder's name."""
+    return f"{name} · {base.rstrip('/').rsplit('/', 1)[-1] if base.startswith(('/', '~')) else base} · r{rank}"
+
+
+def tab_of(component) -> gr.Tab:
+    """The tab that a component was laid out in."""
+    while not isinstance(component, gr.Tab):
+        component = component.parent
+    return component

@@ -1,0 +1,284 @@
+"""The Playground: one prompt, answered side by side by the base and by adapters with the weights of the moment."""
+
+import secrets
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import gradio as gr
+
+from lora_studio import families, library, shelf
+from lora_studio.errors import BenchError, StudioError
+from lora_studio.ui import theme
+from lora_studio.ui.mix import LIVE, QUIET, Mix, Parts, tab_of
+from lora_studio.workspace import Workspace
+
+ANSWERS = """<div class="talk" aria-live="polite" aria-busy="{{value.busy}}">{{#each value.turns}}<article><p class="prompt">{{prompt}}</p>
+<div class="sides">{{#each answers}}<section data-side="{{side}}"><h4>{{label}}</h4><div class="text">{{text}}</div><footer>{{foot}}</footer></section>{{/each}}</div></article>
+{{/each}}{{#unless value.turns}}<p class="none">Write something below. All sides get the same prompt and the same seed.</p>{{/unless}}</div>"""
+ANSWERS_CSS = """
+.talk{display:flex;flex-direction:column;gap:14px;color:var(--body-text-color)}
+.talk .none{color:var(--body-text-color-subdued);margin:18px 0;text-align:center}
+.talk article{display:flex;flex-direction:column;gap:8px;min-width:0}
+.talk .prompt{margin:0 0 0 auto;max-width:85%;padding:7px 12px;border-radius:12px 12px 3px 12px;background:var(--color-accent-soft);white-space:pre-wrap;overflow-wrap:anywhere;font-size:14px;color:var(--body-text-color)}
+.talk .sides{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,190px),1fr));gap:10px}
+.talk section{border:1px solid var(--border-color-primary);border-radius:10px;padding:8px 12px;background:var(--background-fill-primary);min-width:0;display:flex;flex-direction:column;gap:5px}
+.talk h4{margin:0;font-size:12px;font-weight:700;color:var(--color-accent);overflow-wrap:anywhere}
+.talk .text{white-space:pre-wrap;overflow-wrap:anywhere;font-size:14px;line-height:1.5;flex:1;min-height:1.5em}
+.talk footer{font-size:12px;color:var(--body-text-color-subdued);overflow-wrap:anywhere}
+"""
+STATE = """<div class="state"><p aria-live="polite">{{value.bench}}</p>{{#if value.timing}}<p class="timing">{{value.timing}}</p>{{/if}}</div>"""
+STATE_CSS = """
+.state{display:flex;flex-wrap:wrap;justify-content:space-between;gap:2px 14px;font-size:12.5px;color:var(--body-text-color-subdued)}
+.state p{margin:0;overflow-wrap:anywhere}
+"""
+MOST_SIDES, EVERY_SECONDS, HEIGHT = 4, 0.1, 460
+ENDS = {"end": "ended by itself", "longest": "cut at the longest answer", "context": "cut: the model has no more room"}
+
+
+class Playground:
+    """The page's parts, and what they do."""
+
+    def __init__(self, workspace: Workspace):
+        self.workspace, self.mix = workspace, Mix(workspace, "mix-playground")
+        self.stops: set[str] = set()
+
+    # ---- layout
+
+    def build(self) -> None:
+        """Lay the page out inside the current tab."""
+        gr.Markdown("## Playground\nTalk to a base model and to adapters on it, side by side. Weights act on the next answer; nothing is loaded again.")
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=2, min_width=300):
+                self._left()
+            with gr.Column(scale=4, min_width=320):
+                self._right()
+        self.talk, self.token = gr.State([]), gr.State("")
+        self._wire()
+
+    def _left(self) -> None:
+        self.mix.build()
+        self.base = gr.Dropdown(
+            families.known_bases(), value="demo-text", allow_custom_value=True, label="Base model", interactive=True, elem_id="playground-base",
+            info="Filled in from the adapters. A folder or a Hub id works too.",
+        )  # fmt: skip
+        self.sides = gr.Dropdown(
+            self.sides_of([]), value=["base"], multiselect=True, max_choices=MOST_SIDES, label="Sides to show", interactive=True,
+            info=f"At most {MOST_SIDES}, next to each other.", elem_id="playground-sides",
+        )  # fmt: skip
+        with gr.Accordion("How answers are drawn", open=False):
+            with gr.Row():
+                self.seed = gr.Number(0, label="Seed", info="The same seed gives the same answer.", interactive=True, min_width=110)
+                self.longest = gr.Number(128, label="Longest answer", info="In tokens.", interactive=True, min_width=110)
+            self.temperature = gr.Slider(0, 2, value=0, step=0.05, label="Temperature", info="0 takes the likeliest word each time.", interactive=True)
+            self.top_p = gr.Slider(0.05, 1, value=1, step=0.05, label="Top p", info="Draw only from the likeliest words that together have this share.", interactive=True)
+            self.chatml = gr.Checkbox(False, label="Use the ChatML template", info="For bases that have no chat template of their own.", interactive=True)
+        self.to_blend = gr.Button("Save this mix as a blend", size="md", elem_id="to-blend")
+
+    def _right(self) -> None:
+        self.state = theme.Shown({"bench": "", "timing": ""}, html_template=STATE, css_template=STATE_CSS, elem_classes="flush", elem_id="bench-state")
+        self.answers = theme.Shown(
+            {"busy": "false", "turns": []}, html_template=ANSWERS, css_template=ANSWERS_CSS, container=True, padding=True, autoscroll=True,
+            min_height=HEIGHT, max_height=HEIGHT, elem_id="answers",  # of one height, so that Stop does not move away under the pointer
+        )  # fmt: skip
+        self.told = theme.sentences(elem_id="playground-sentences")
+        self.prompt = gr.Textbox("", label="Prompt", lines=1, max_lines=8, placeholder="Enter sends, Shift+Enter begins a new line.", interactive=True, elem_id="prompt")
+        with gr.Row():
+            self.send = gr.Button("Send", variant="primary", size="lg", min_width=90, elem_id="send")
+            self.stop = gr.Button("Stop", variant="stop", size="lg", min_width=90, interactive=False, elem_id="stop-answer")
+            self.clear = gr.Button("Clear", size="lg", min_width=90, elem_id="clear")
+
+    # ---- wiring
+
+    @property
+    def opened(self) -> list:
+        """What showing other parts fills."""
+        return [*self.mix.opened, self.base, self.sides, self.state, self.told]
+
+    @property
+    def inputs(self) -> set:
+        """What an answer depends on."""
+        settings = {self.seed, self.temperature, self.top_p, self.longest, self.chatml}
+        return {self.prompt, self.talk, self.base, self.sides, *settings, *self.mix.inputs}
+
+    @property
+    def spoken(self) -> list:
+        """What an answer fills."""
+        return [self.answers, self.talk, self.token, self.prompt, self.told, self.state, self.send, self.stop, self.clear]
+
+    def _wire(self) -> None:
+        self.mix.turn.change(self.follow, [self.base, self.sides, *self.mix.inputs], [self.base, self.sides], **LIVE)
+        gr.on([self.send.click, self.prompt.submit], self.speak, self.inputs, self.spoken, trigger_mode="once", concurrency_limit=None, **QUIET)
+        self.stop.click(self.stops.add, self.token, None, queue=False, **QUIET)
+        self.clear.click(lambda: [{"busy": "false", "turns": []}, [], [], self.held()], None, [self.answers, self.talk, self.told, self.state], **QUIET)
+
+    def connect(self, tabs, blend) -> None:
+        """Let the button lead to the Blend page, and what the bench holds be looked up when the page is opened."""
+        tab = tab_of(self.prompt)
+        tab.select(lambda pick: [self.mix.fresh(pick), self.held()], self.mix.pick, [self.mix.pick, self.state], concurrency_limit=None, **QUIET)
+        self.to_blend.click(lambda *given: self.jump(blend, *given), self.mix.inputs, [tabs, *blend.opened], **QUIET)
+
+    # ---- the mix, the base and the sides
+
+    def open(self, parts: Parts) -> list:
+        """Updates for `opened` that show other parts, the base they are for, and the base beside all of them."""
+        shown = self.mix.open(parts)
+        held = shown[1]
+        sides = gr.update(choices=self.sides_of(held), value=["base", "all"] if held else ["base"])
+        return [*shown, self._base_of(held), sides, self.held(), []]
+
+    def follow(self, base, sides, pick, held, *weights) -> list:
+        """The base and the sides after the pick has changed; sides that still are there stay."""
+        choices = self.sides_of(held)
+        known = {side for _, side in choices}
+        stay = [side for side in sides or [] if side in known]
+        if held and stay in ([], ["base"]) and not any(side not in ("base", "all") for side in sides or []):
+            stay = ["base", "all"]
+        return [self._base_of(held), gr.update(choices=choices, value=stay or ["base"])]
+
+    def sides_of(self, held: list[str]) -> list[tuple[str, str]]:
+        """The sides there can be, as (label, key): the base, all adapters together, and each alone."""
+        alone = [(f"{self.mix.label(id)} alone", id) for id in held]
+        return [("Base", "base"), *([("All together", "all")] if held else []), *alone]
+
+    def _base_of(self, held: list[str]):
+        return next((card["base"] for id in held if (card := library.card(self.workspace, id))["base"]), gr.skip())
+
+    def asked(self, sides: list[str] | None, parts: Parts) -> dict[str, Parts]:
+        """The sides as {key: parts}. Raises BenchError when none is left."""
+        possible = {"base": [], **({"all": parts} if parts else {}), **{part[0]: [part] for part in parts}}
+        found = {side: possible[side] for side in sides or [] if side in possible}
+        if not found or len(found) > MOST_SIDES:
+            raise BenchError("playground.sides", count=len(found), most=MOST_SIDES)
+        return found
+
+    def jump(self, blend, *given) -> list:
+        """Updates that lead to the Blend page with these parts."""
+        try:
+            return [gr.Tabs(selected="blend"), *blend.open(self.mix.parts(*given))]
+        except StudioError as error:
+            gr.Warning(str(error))
+            return [gr.skip()] * (1 + len(blend.opened))
+
+    def held(self, timing: str = "") -> dict:
+        """What the bench does, in words. Starts nothing."""
+        return {"bench": bench_in_words(shelf.bench_status()), "timing": timing}
+
+    # ---- answers
+
+    def speak(self, given: dict) -> Iterator[dict]:
+        """Answer a prompt, all sides at once. When it cannot be done, the prompt and what was said before stay."""
+        talk, prompt, token, turn = given[self.talk] or [], given[self.prompt] or "", secrets.token_hex(8), None
+        try:
+            if not prompt.strip():
+                raise BenchError("bench.nothing_asked")
+            asked = self.asked(given[self.sides], self.mix.parts(*(given[component] for component in self.mix.inputs)))
+            labels = {side: label for label, side in self.sides_of(list(asked.keys() - {"base", "all"}))} | {"all": "All together"}
+            turn = {"prompt": prompt, "answers": [{"side": side, "label": labels[side], "text": "", "foot": "", "lost": False} for side in asked]}
+            said = [*talk, turn]
+            busy = {self.send: gr.update(interactive=False), self.stop: gr.update(interactive=True), self.clear: gr.update(interactive=False)}
+            first = "Starting the bench…" if shelf.bench_status()["state"] in ("off", "starting") else "Asking the bench…"
+            yield {self.answers: _shown(said), self.token: token, self.prompt: "", self.told: [], self.state: {"bench": first, "timing": ""}, **busy}
+            messages = {side: [*history(talk, side), {"role": "user", "content": prompt}] for side in asked}
+            events = shelf.chat(self.workspace, _text(given[self.base]), messages, asked, **self._manner(given))
+            yield from self._listen(events, talk, turn, self._names(asked), token)
+        except StudioError as error:
+            yield self._broken(talk, turn, prompt, error)
+        finally:
+            self.stops.discard(token)
+
+    def _manner(self, given: dict) -> dict:
+        template = "chatml" if given[self.chatml] else "auto"
+        numbers = {"temperature": given[self.temperature], "top_p": given[self.top_p]}
+        return {"seed": whole(given[self.seed]), "longest": whole(given[self.longest]), "template": template, **numbers}
+
+    def _names(self, asked: dict[str, Parts]) -> dict[str, str]:
+        """The names of the adapters by the folders that the bench reports."""
+        ids = {id for parts in asked.values() for id, _ in parts}
+        return {str(library.adapter_folder(self.workspace, id)): self.mix.label(id) for id in ids}
+
+    def _listen(self, events, talk: list, turn: dict, names: dict, token: str) -> Iterator[dict]:
+        """Updates as an answer is spoken, ten a second at most, up to its end or until Stop."""
+        by_side, told, last = {answer["side"]: answer for answer in turn["answers"]}, [], 0.0
+        ended, state = {}, {"bench": "Asking the bench…", "timing": ""}
+        try:
+            for event in events:
+                if token in self.stops:
+                    break
+                if event["event"] == "piece":
+                    by_side[event["side"]]["text"] += event["text"]
+                    state = {"bench": "Answering…", "timing": ""}
+                elif event["event"] == "note":
+                    told.append(theme.said("note", event["sentence"]))
+                elif event["event"] == "waiting":
+                    state = {"bench": event["doing"][:1].upper() + event["doing"][1:] + "…", "timing": ""}
+                elif event["event"] == "done":
+                    ended = event
+                if time.monotonic() - last >= EVERY_SECONDS:
+                    last = time.monotonic()
+                    yield {self.answers: _shown([*talk, turn]), self.told: told, self.state: state}
+        finally:
+            events.close()
+        for side, answer in by_side.items():
+            answer["foot"] = foot(ended["sides"][side], names) if ended else "stopped" if answer["text"] else "stopped before the first word"
+        timing = f"Weights applied in {ended['apply_ms']:.2f} ms, first word after {ended['first_ms']:.0f} ms." if ended else ""
+        yield {**self._settled([*talk, turn]), self.told: told, self.state: self.held(timing)}
+
+    def _settled(self, said: list) -> dict:
+        """The page at rest, with what was said."""
+        buttons = {self.send: gr.update(interactive=True), self.stop: gr.update(interactive=False), self.clear: gr.update(interactive=True)}
+        return {self.answers: _shown(said, busy=False), self.talk: said, self.token: "", **buttons}
+
+    def _broken(self, talk: list, turn: dict | None, prompt: str, error: StudioError) -> dict:
+        """The page after an error: the prompt is back, and what had been said of the answer stays to be read."""
+        kept = turn is not None and any(answer["text"] for answer in turn["answers"])
+        if kept:
+            for answer in turn["answers"]:
+                answer |= {"lost": True, "foot": "broken off"}
+        told = [theme.said("error", str(error))]
+        return {**self._settled([*talk, turn] if kept else talk), self.prompt: prompt, self.told: told, self.state: self.held()}
+
+
+# ---- words
+
+
+def history(talk: list[dict], side: str) -> list[dict]:
+    """What a side has heard and said so far, as messages. Answers that broke off are left out."""
+    found = []
+    for turn in talk:
+        for answer in turn["answers"]:
+            if answer["side"] == side and answer["text"] and not answer["lost"]:
+                found += [{"role": "user", "content": turn["prompt"]}, {"role": "assistant", "content": answer["text"]}]
+    return found
+
+
+def foot(told: dict, names: dict[str, str]) -> str:
+    """How an answer ended, and which adapters were on while it was spoken: what the bench reports, not what was asked for."""
+    on = ", ".join(f"{names.get(path, Path(path).parent.name)} × {weight:g}" for path, weight in told["active"]) or "all adapters off"
+    count = told["tokens"]
+    return f"{count} token{'' if count == 1 else 's'} · {ENDS.get(told['ended'], told['ended'])} · {on}"
+
+
+def bench_in_words(status: dict) -> str:
+    """What the bench does and holds."""
+    if status.get("note"):
+        return status["note"]
+    if status["state"] in ("off", "starting"):
+        return "The bench is off; the first answer starts it." if status["state"] == "off" else "The bench is starting."
+    if status["state"] != "loaded":
+        return f"The bench is loading {status['base']}." if status["state"] == "loading" else "The bench holds no model; the next answer loads one."
+    count = status["adapters"]
+    return f"The bench holds {status['base']} on {status['device']}, with {count} adapter{'' if count == 1 else 's'} at hand."
+
+
+def whole(given):
+    """A number without a fraction as a whole one; the bench judges the rest."""
+    return int(given) if isinstance(given, float) and given.is_integer() else given
+
+
+def _text(given) -> str:
+    return str(given or "").strip()
+
+
+def _shown(said: list[dict], *, busy: bool = True) -> dict:
+    return {"busy": "true" if busy else "false", "turns": said}

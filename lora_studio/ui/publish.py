@@ -1,0 +1,196 @@
+"""The Publish page: an adapter, where it goes, what exactly would be sent, and "published" only once it was read back."""
+
+import contextlib
+import queue
+import threading
+
+import gradio as gr
+
+from lora_studio import card, library, shelf
+from lora_studio.errors import StudioError
+from lora_studio.ui import theme
+from lora_studio.workspace import Workspace
+
+QUIET = {"show_progress": "hidden", "api_visibility": "private"}
+TYPED = {**QUIET, "trigger_mode": "always_last"}
+NEWEST, NOBODY = 300, "your-name"
+COMMON = ("apache-2.0", "mit", "cc-by-4.0", "cc-by-nc-4.0", "cc0-1.0", "openrail", "other")
+SIGN_IN = (
+    "The studio uses the Hub's own login: run `hf auth login` in a terminal, then press **Look again**. "
+    "Or paste a token here; it is held in memory while this page is open, and nowhere else."
+)
+FILES = """<ul class="files">{{#each value}}<li><span>{{name}}</span><small>{{size}}</small></li>{{/each}}</ul>"""
+FILES_CSS = """
+.files{list-style:none;margin:0;padding:0;font-size:13px;color:var(--body-text-color)}
+.files li{display:flex;justify-content:space-between;gap:12px;padding:4px 2px;border-bottom:1px solid var(--border-color-primary);overflow-wrap:anywhere}
+.files small{font-size:12.5px;white-space:nowrap;color:var(--body-text-color-subdued)}
+"""
+DONE = """{{#if value}}<p class="published">✓ Published at <a href="{{value.url}}" target="_blank" rel="noreferrer noopener">{{value.url}}</a><br>
+<small>{{value.what}}</small></p>{{/if}}"""
+DONE_CSS = """
+.published{margin:0;padding:10px 12px;border:1px solid var(--studio-ok);border-radius:8px;font-size:14px;color:var(--body-text-color);overflow-wrap:anywhere}
+.published a{color:var(--color-accent)}.published small{font-size:12.5px;color:var(--body-text-color-subdued)}
+"""
+
+
+class Publish:
+    """The page's parts, and what they do."""
+
+    def __init__(self, workspace: Workspace):
+        self.workspace = workspace
+
+    # ---- layout
+
+    def build(self) -> None:
+        """Lay the page out inside the current tab."""
+        gr.Markdown("## Publish\nPush an adapter or a blend to the Hugging Face Hub, with a model card of what is known of it.")
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=2, min_width=300):
+                self._where()
+            with gr.Column(scale=3, min_width=300):
+                self._what()
+
+    def _where(self) -> None:
+        self.owner = gr.State(None)
+        self.adapter = gr.Dropdown([], value=None, label="Adapter", interactive=True, elem_id="publish-adapter")
+        self.account = theme.sentences(elem_id="account")
+        with gr.Accordion("Sign in", open=False) as self.sign_in:
+            gr.Markdown(SIGN_IN)
+            self.token = gr.Textbox("", label="Token", type="password", max_lines=1, interactive=True, elem_id="token", html_attributes=gr.InputHTMLAttributes(autocomplete="off"))
+            self.look = gr.Button("Look again", size="sm")
+        self.repo = gr.Textbox("", label="Repository", info="owner/name; it is made if it is not there.", max_lines=1, interactive=True, elem_id="repo")
+        self.visible_to = gr.Radio([("Private: only you", "private"), ("Public: everybody", "public")], value="private", label="Who may see it", interactive=True)
+        self.license = gr.Dropdown([("none is said", ""), *licenses()], value="", label="Licence of the adapter", interactive=True, elem_id="license")
+        self.go = gr.Button("Publish", variant="primary", size="lg", elem_id="publish")
+
+    def _what(self) -> None:
+        self.told = theme.sentences(elem_id="publish-told")
+        self.done = theme.Shown(None, html_template=DONE, css_template=DONE_CSS, elem_classes="flush", elem_id="published")
+        self.files = theme.Shown([], html_template=FILES, css_template=FILES_CSS, elem_classes="flush", elem_id="files")
+        self.readme = gr.Code("", language="markdown", label="The model card, as it would be sent", interactive=False, elem_id="readme", max_lines=40, wrap_lines=True)
+
+    # ---- wiring
+
+    @property
+    def opened(self) -> list:
+        """What showing an adapter fills."""
+        return [self.adapter, self.repo, self.visible_to, self.license, self.done, *self.drafted]
+
+    @property
+    def drafted(self) -> list:
+        """What a draft fills."""
+        return [self.told, self.files, self.readme]
+
+    def connect(self, tab: gr.Tab) -> None:
+        """Let the parts act; who is signed in is asked when the page is seen."""
+        form = [self.adapter, self.repo, self.visible_to, self.license, self.token]
+        signing = {"fn": self.sign, "inputs": [self.adapter, self.repo, self.token], "outputs": [self.account, self.sign_in, self.owner, self.repo]}
+        self.adapter.input(self.open, [self.adapter, self.owner], self.opened, **TYPED)
+        arrived = tab.select(self.arrive, [self.adapter, self.owner], self.opened, **QUIET)
+        arrived.then(**signing, **QUIET, concurrency_limit=4)
+        gr.on([self.look.click, self.token.blur, self.token.submit], **signing, **TYPED, concurrency_limit=4)
+        for part in (self.adapter, self.repo, self.visible_to, self.license):
+            part.change(self.draft, form, self.drafted, **TYPED, concurrency_limit=None)
+        self.go.click(self.push, form, [self.told, self.done, self.go], **QUIET, concurrency_limit=4)
+
+    # ---- what is shown
+
+    def open(self, id: str | None, owner: str | None) -> list:
+        """Updates for `opened`: an adapter (the newest without an id), and what would be sent."""
+        items = library.find(self.workspace, limit=NEWEST)
+        if id and id not in {item.id for item in items}:
+            with contextlib.suppress(StudioError):
+                own = library.folder_of(self.workspace, id).name
+                items = [item for item in library.find(self.workspace, own) if item.id == own] + items
+        id = id if id in {item.id for item in items} else (items[0].id if items else None)
+        shown = gr.update(choices=[(f"{item.name} · {item.base} · r{item.rank}", item.id) for item in items], value=id)
+        if id is None:
+            return [shown, "", "private", "", None, [theme.said("note", "There is no adapter yet. Train one, or add one in the Library.")], [], ""]
+        repo = self._suggest(id, owner or NOBODY)
+        return [shown, repo, "private", "", None, *self.draft(id, repo, "private", "", None)]
+
+    def arrive(self, id: str | None, owner: str | None) -> list:
+        """The newest adapter where none was chosen yet."""
+        return [gr.skip()] * len(self.opened) if id else self.open(None, owner)
+
+    def sign(self, id: str | None, repo: str | None, token: str | None) -> list:
+        """Who is signed in, and a repository of theirs where none was typed."""
+        is_ours = not repo or repo.startswith(f"{NOBODY}/")
+        try:
+            account = shelf.who((token or "").strip() or None)
+        except StudioError as error:
+            return [[theme.said("warning", str(error))], gr.update(open=True), None, self._suggest(id, NOBODY) if is_ours else gr.skip()]
+        may = "" if account.writes else " This token may only read, so nothing can be published with it."
+        told = [theme.said("ok" if account.writes else "warning", f"Signed in as {account.name}.{may}")]
+        return [told, gr.update(open=False), account.name, self._suggest(id, account.name) if is_ours else gr.skip()]
+
+    def _suggest(self, id: str | None, owner: str) -> str:
+        try:
+            return shelf.suggest_repo(self.workspace, id, owner=owner) if id else ""
+        except StudioError:
+            return ""
+
+    def draft(self, id: str | None, repo: str, visible_to: str, license: str, token: str | None) -> list:
+        """What would be sent, and what stands against it."""
+        if not id:
+            return [gr.skip()] * 3
+        try:
+            found = shelf.draft(self.workspace, id, asked(repo, visible_to, license), token=token or None)
+        except StudioError as error:
+            return [[theme.said("error", str(error))], [], ""]
+        told = [theme.said("error", f"{finding[:1].upper()}{finding[1:]}. It is not sent while this is in it.") for finding in found.findings]
+        if not license:
+            told.append(theme.said("warning", "No licence is said, so nobody knows what they may do with it. Choose one if you can."))
+        return [told, [{"name": name, "size": size_in_words(size)} for name, size in found.files], found.readme]
+
+    # ---- publishing
+
+    def push(self, id: str | None, repo: str, visible_to: str, license: str, token: str | None):
+        """Publish, saying each step; "published" comes only after the Hub was read back."""
+        if not id:
+            yield [[theme.said("error", "No adapter was chosen. Choose one above.")], gr.skip(), gr.skip()]
+            return
+        steps: queue.Queue = queue.Queue()
+
+        def work() -> None:
+            try:
+                steps.put(shelf.publish(self.workspace, id, asked(repo, visible_to, license), token=(token or "").strip() or None, report=steps.put))
+            except BaseException as error:  # noqa: BLE001 - handed over to the thread that waits
+                steps.put(error)
+
+        threading.Thread(target=work, daemon=True).start()
+        done: list[str] = []
+        while isinstance(news := steps.get(), str):
+            done.append(news)
+            yield [progress(done), None, gr.update(value="Publishing …", interactive=False)]
+        ready = gr.update(value="Publish", interactive=True)
+        if isinstance(news, StudioError):
+            yield [[*progress(done), theme.said("error", str(news))], None, ready]
+        elif isinstance(news, BaseException):
+            yield [[*progress(done), theme.said("error", f"{type(news).__name__}: the studio failed. Its log has the whole story; try again.")], None, ready]
+            raise news
+        else:
+            sent = f"{len(news.sent)} files, {size_in_words(news.sent_bytes)} sent" if news.sent else "everything was there already"
+            what = f"{'private' if news.private else 'public'}, commit {news.commit[:12]}, read back and found whole; {sent}"
+            yield [progress(done), {"url": news.url, "what": what}, ready]
+
+
+def progress(steps: list[str]) -> list[dict]:
+    """The steps so far, as one sentence."""
+    told = ", ".join(steps)
+    return [theme.said("note", f"{told[:1].upper()}{told[1:]}.")] if steps else []
+
+
+def asked(repo: str, visible_to: str, license: str) -> shelf.Push:
+    """Where it goes and how, as the form holds it."""
+    return shelf.Push((repo or "").strip(), private=visible_to != "public", license=license or None)
+
+
+def licenses() -> list[tuple[str, str]]:
+    """The licences that the Hub knows, the usual ones first."""
+    return [(name, name) for name in (*COMMON, *sorted(card.LICENSES - set(COMMON)))]
+
+
+def size_in_words(size: int) -> str:
+    """A number of bytes."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
