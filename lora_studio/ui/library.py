@@ -68,7 +68,6 @@ class Library:
             self.tag = gr.Dropdown([("any", ANY)], value=ANY, label="Tag", min_width=110, interactive=True)
             self.method = gr.Dropdown([("any", ANY)], value=ANY, label="Method", min_width=110, interactive=True)
             self.order = gr.Dropdown(ORDERS, value="newest", label="Order", min_width=190, interactive=True)
-            self.starred = gr.Checkbox(False, label="Favourites", min_width=120, interactive=True)
         with gr.Row(equal_height=False):
             with gr.Column(scale=3, min_width=300):
                 self._list()
@@ -79,7 +78,9 @@ class Library:
         with gr.Column(visible=False, elem_id="undo-box") as self.undo_box, gr.Row(equal_height=True):
             self.undo_told = gr.Markdown("")
             self.undo = gr.Button("Undo", size="sm", min_width=90)
-        self.told = gr.Markdown("", elem_id="library-count")
+        with gr.Row(equal_height=True):
+            self.told = gr.Markdown("", elem_id="library-count")
+            self.starred = gr.Checkbox(False, label="Favourites only", container=False, min_width=150, interactive=True)
         self.grid = theme.Shown({"items": [], "none": ""}, html_template=CARDS, css_template=CARDS_CSS, js_on_load=CARDS_SCRIPT, elem_classes="flush", elem_id="cards")
         self.more = gr.Button("Show more", size="sm", visible=False)
         with gr.Accordion("Add an adapter", open=False, elem_id="import"):

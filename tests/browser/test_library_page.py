@@ -76,7 +76,7 @@ def test_what_is_known_can_be_changed_and_a_name_that_is_taken_cannot(open_page,
     expect(page.get_by_role("button", name="★ Favourite")).to_be_visible()
     card = library.card(space, made["haiku"])
     assert (card["name"], card["tags"], card["notes"], card["favourite"]) == ("haiku two", ["short", "three lines"], "seventeen syllables", True)
-    page.get_by_role("checkbox", name="Favourites").check()
+    page.get_by_role("checkbox", name="Favourites only").check()
     expect(cards(page)).to_have_text([re.compile("haiku two")])
     library.rename(space, made["haiku"], "haiku")
     library.favourite(space, made["haiku"], False)
