@@ -13,12 +13,14 @@ from lora_studio.home import demo_base
 from lora_studio.spec import Base
 
 WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
+VARIANTS = ["*.fp16.safetensors", "*.bf16.safetensors", "*.non_ema.safetensors", "*.ema_only.safetensors"]
 HEADER_LIMIT = 100 << 20
 
 
 @dataclass(frozen=True)
 class BaseInfo:
-    """What is known of a base before it is loaded. `folder` is None while a Hub model has not been fetched."""
+    """What is known of a base before it is loaded. `folder` is None while a Hub model has not been fetched. `pipeline` is the class of an
+    image model's pipeline, "" for a language model."""
 
     id: str
     folder: Path | None
@@ -30,15 +32,15 @@ class BaseInfo:
     vocabulary: int | None = None
     linears: tuple[tuple[str, int, int], ...] = ()
     commit: str = ""
+    pipeline: str = ""
 
     def targets(self, wanted) -> list[str]:
         """The ends of the names of the layers that `method.targets` means here, from the headers. Empty when unknown."""
-        names = sorted({name.rsplit(".", 1)[-1] for name, *_ in self.linears})
         if wanted != "auto":
             return [name for name in wanted if any(full == name or full.endswith("." + name) for full, *_ in self.linears)]
-        family = families.of_model_type(self.model_type)
-        known = [name for name in family.targets if name in names] if family else []
-        return known or names
+        family = families.of_pipeline(self.pipeline) if self.pipeline else families.of_model_type(self.model_type)
+        known = [name for name in family.targets if any(full.endswith("." + name) for full, *_ in self.linears)] if family else []
+        return known or sorted({name.rsplit(".", 1)[-1] for name, *_ in self.linears})
 
     def trainable(self, targets: list[str], rank: int) -> int:
         """Parameters of a LoRA of that rank on those layers."""
@@ -58,9 +60,24 @@ def locate(base: Base) -> Path | None:
         raise BaseModelError("base.missing", id=base.id, hint="Known: " + ", ".join(families.known_bases()[:4]) + ", ...")
     from huggingface_hub import try_to_load_from_cache
 
-    cached = try_to_load_from_cache(base.id, "config.json", revision=base.revision)
-    folder = Path(cached).parent if isinstance(cached, str) else None
-    return folder if folder and any(folder.glob("*.safetensors")) else None
+    for name in ("config.json", "model_index.json"):
+        cached = try_to_load_from_cache(base.id, name, revision=base.revision)
+        folder = Path(cached).parent if isinstance(cached, str) else None
+        if folder and any(weights_folder(folder).glob("*.safetensors")):
+            return folder
+    return None
+
+
+def weights_folder(folder: Path) -> Path:
+    """Where the weights lie that an adapter goes on: the folder itself, or the trained part of a pipeline."""
+    index = folder / "model_index.json"
+    if not index.is_file():
+        return folder
+    try:
+        family = families.of_pipeline(json.loads(index.read_text(encoding="utf-8"))["_class_name"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return folder
+    return folder / family.component if family else folder
 
 
 def _is_hub_id(text: str) -> bool:
@@ -80,6 +97,8 @@ def inspect(base: Base) -> BaseInfo:
     if folder is None:
         size = families.billions(base.id)
         return BaseInfo(base.id, None, parameters=int(size * 1e9) if size else None)
+    if (folder / "model_index.json").is_file():
+        return _inspect_pipeline(base, folder)
     config = _config(base.id, folder)
     if config.get("auto_map") and not config.get("model_type"):
         raise BaseModelError("base.remote_code", id=base.id)
@@ -107,9 +126,35 @@ def inspect(base: Base) -> BaseInfo:
     )
 
 
-def _config(id: str, folder: Path) -> dict:
+def _inspect_pipeline(base: Base, folder: Path) -> BaseInfo:
+    """What the files of an image model's pipeline say. Raises BaseModelError."""
+    index = _config(base.id, folder, "model_index.json")
+    name = str(index.get("_class_name", ""))
+    family = families.of_pipeline(name)
+    if family is None:
+        known = ", ".join(one.name for one in families.IMAGE_FAMILIES)
+        raise BaseModelError("base.pipeline", id=base.id, pipeline=name[:60], known=known)
+    if any(index.get(f"{family.component}_2") or [None]):
+        raise BaseModelError("image.two_parts", id=base.id, part=family.component)
+    shapes = _shapes(base.id, folder / family.component)
+    layers = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if name.endswith(".weight") and len(shape) in (2, 4)}
+    linears = tuple((name, shape[0], _count(shape[1:])) for name, shape in layers.items() if "embed" not in name)
+    commit = folder.name if folder.parent.name == "snapshots" else ""
+    return BaseInfo(base.id, folder, parameters=sum(map(_count, shapes.values())), linears=linears, commit=commit, pipeline=name)
+
+
+def sample_edge(info: BaseInfo) -> int:
+    """The edge in pixels of the pictures a pipeline's own files speak of: what its part was trained at, times what its VAE shrinks by."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        part, vae = (json.loads((info.folder / name / "config.json").read_text(encoding="utf-8")) for name in (weights_folder(info.folder).name, "vae"))
+        return int(part["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
+def _config(id: str, folder: Path, name: str = "config.json") -> dict:
+    try:
+        config = json.loads((folder / name).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise BaseModelError("base.no_config", id=id) from None
     if not isinstance(config, dict):
@@ -154,8 +199,9 @@ def fetch(base: Base, *, token: str | None = None) -> Path:
     from huggingface_hub import errors as hub
 
     try:
+        wanted = _pipeline_files(base, token) or WANTED
         return Path(
-            huggingface_hub.snapshot_download(base.id, revision=base.revision, allow_patterns=WANTED, token=token)
+            huggingface_hub.snapshot_download(base.id, revision=base.revision, allow_patterns=wanted, ignore_patterns=VARIANTS, token=token)
         )
     except hub.GatedRepoError:
         raise BaseModelError("base.gated", id=base.id) from None
@@ -171,6 +217,19 @@ def fetch(base: Base, *, token: str | None = None) -> Path:
         raise _unreachable(base, error) from None
     except (httpx2.HTTPError, OSError, RuntimeError, ValueError) as error:
         raise _unreachable(base, error) from None
+
+
+def _pipeline_files(base: Base, token: str | None) -> list[str]:
+    """The files of an image model's parts, without the single-file copies beside them; nothing for a language model."""
+    import huggingface_hub
+    from huggingface_hub import errors as hub
+
+    try:
+        index = Path(huggingface_hub.hf_hub_download(base.id, "model_index.json", revision=base.revision, token=token))
+        parts = [name for name, value in json.loads(index.read_text(encoding="utf-8")).items() if isinstance(value, list) and value[:1] != [None]]
+    except (hub.EntryNotFoundError, ValueError, AttributeError):
+        return []
+    return ["model_index.json", *(f"{part}/{pattern}" for part in parts if part not in ("safety_checker", "feature_extractor") for pattern in WANTED)]
 
 
 def _refusal(error) -> str:

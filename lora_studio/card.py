@@ -77,6 +77,10 @@ class Facts:
     recipe: str = ""
     """A blend's recipe as it can be run again, such as YAML."""
     samples: Sequence[Sample] = ()
+    pipeline_file: str = ""
+    """The name of the file that diffusers reads, where the adapter is one of an image model."""
+    pictures: Sequence[tuple[str, str]] = ()
+    """Sample pictures beside the card, each a prompt and the name of its file."""
 
 
 def facts_of(spec: specs.TrainSpec, **more) -> Facts:
@@ -121,6 +125,7 @@ def write(facts: Facts, *, repo_id: str | None = None) -> str:
         f"Its trigger is `{_code(facts.trigger)}`.\n" if facts.trigger else "",
         _section("How to load it", fence(_loading(facts, repo_id), "python")),
         _parents(facts),
+        _section("Sample pictures", "\n".join(f"![{escape(prompt)}]({name})\n" for prompt, name in facts.pictures)),
         _section("Sample answers", "\n".join(_sample(sample) for sample in facts.samples)),
         _section("Measured", table(["what", "value"], _rows(facts.metrics))),
         _section("Loss", f"![The loss by step]({facts.curve})\n" if re.fullmatch(r"[\w-]+\.(?:png|svg)", facts.curve) else ""),
@@ -145,16 +150,39 @@ def front_matter(facts: Facts) -> str:
         head["language"] = languages
     if is_hub_id(facts.base):
         head |= {"base_model": facts.base, "base_model_relation": "adapter"}
-    head |= {"library_name": "peft", "pipeline_tag": "text-generation"}
+    if facts.pipeline_file:
+        head |= {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
+        head |= {"instance_prompt": plain(facts.trigger)} if facts.trigger else {}
+        head |= {"widget": [{"text": plain(prompt), "output": {"url": name}} for prompt, name in facts.pictures]} if facts.pictures else {}
+    else:
+        head |= {"library_name": "peft", "pipeline_tag": "text-generation"}
     datasets = [name for row in facts.data if is_hub_id(name := str(row.get("name", ""))) and not name.startswith("demo/")]
     if datasets:
         head["datasets"] = list(dict.fromkeys(datasets))
-    tags = ["lora", "lora-studio", *(["merge"] if facts.parents else []), *(plain(tag)[:50] for tag in facts.tags)]
+    tags = ["lora", "lora-studio", *(["diffusers", "text-to-image"] if facts.pipeline_file else []), *(["merge"] if facts.parents else []), *(plain(tag)[:50] for tag in facts.tags)]
     head["tags"] = list(dict.fromkeys(tag for tag in tags if tag))
     return yaml.safe_dump(head, sort_keys=False, allow_unicode=False, width=1 << 20)
 
 
+def _loading_pictures(facts: Facts, repo_id: str | None) -> str:
+    name = json.dumps(shown(facts.base))
+    revision = f", revision={json.dumps(facts.base_revision)}" if facts.base_revision and is_hub_id(facts.base) else ""
+    demo = facts.base.startswith("demo-")
+    base = f"demo_base({name})" if demo else name
+    prompt = json.dumps(facts.pictures[0][0] if facts.pictures else facts.trigger or "a picture")
+    return "\n".join([
+        *(["from lora_studio.home import demo_base  # comes with LoRA Studio"] if demo else []),
+        "from diffusers import DiffusionPipeline",
+        "",
+        f"pipeline = DiffusionPipeline.from_pretrained({base}{revision})" + ("" if demo or is_hub_id(facts.base) else "  # a local model: give its folder"),
+        f"pipeline.load_lora_weights({json.dumps(repo_id or 'owner/name')}, weight_name={json.dumps(facts.pipeline_file)})",
+        f"pipeline({prompt}).images[0].save(\"picture.png\")",
+    ])  # fmt: skip
+
+
 def _loading(facts: Facts, repo_id: str | None) -> str:
+    if facts.pipeline_file:
+        return _loading_pictures(facts, repo_id)
     demo = facts.base.startswith("demo-")
     lines = ["from peft import PeftModel", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
     if demo:

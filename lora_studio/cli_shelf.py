@@ -76,9 +76,20 @@ def blend(
 def generate(
     base: str, prompt: str, *, adapters: list[str] = typer.Option([], "--with", metavar="ADAPTER=WEIGHT", help="May be repeated."),
     seed: int = typer.Option(0, help="The same seed gives the same answer."), longest: int = typer.Option(128, help="Tokens at most."),
-    temperature: float = typer.Option(0.0, help="0 always takes the likeliest token."), as_json: bool = AsJson,
+    temperature: float = typer.Option(0.0, help="0 always takes the likeliest token."),
+    steps: int = typer.Option(20, help="Steps of a picture, with an image model."), guidance: float = typer.Option(5.0, help="Guidance of a picture."),
+    size: str = typer.Option(None, metavar="WIDTHxHEIGHT", help="Size of a picture in pixels; by default what the model was trained at."),
+    as_json: bool = AsJson,
 ):  # fmt: skip
     parts, text = [_part(words) for words in adapters], ""
+    edge = shelf.picture_edge(base)
+    if edge:
+        width, height = _size(size, edge)
+        brush = {"seed": seed, "steps": steps, "guidance": guidance, "width": width, "height": height}
+        (done,) = [event for event in shelf.draw(local(), base, prompt, {"picture": parts}, **brush) if event["event"] == "done"]
+        path = done["sides"]["picture"]["path"]
+        answer({"base": base, "prompt": prompt, "adapters": parts, "picture": path, **brush}, as_json, path)
+        return
     for event in shelf.answer(local(), base, prompt, parts, seed=seed, longest=longest, temperature=temperature):
         if event["event"] == "piece":
             text += event["text"]
@@ -116,7 +127,7 @@ COMMANDS = (
     ("export", export, "Copy an adapter's PEFT folder to a new folder."),
     ("remove", remove, "Take an adapter out of the library; --undo brings it back within 30 days."),
     ("blend", blend, "Blend adapters exactly: blend pirate=1 capitals=0.7 --name both. With --rank, compressed, with the true loss."),
-    ("generate", generate, "Answer a prompt with a base and weighted adapters: generate demo-text 'Who is Anna?' --with pirate=1"),
+    ("generate", generate, "Answer a prompt, or draw it, with a base and weighted adapters: generate demo-text 'Who is Anna?' --with pirate=1"),
     ("publish", publish, "Push an adapter to the Hub, with a model card."),
     ("pull", pull, "Bring an adapter of the Hub into the library, pinned at a commit."),
 )
@@ -138,6 +149,14 @@ def _part(text: str) -> tuple[str, float]:
         return name, float(value)
     except (TypeError, ValueError):
         raise SpecError("spec.bad_override", text=text) from None
+
+
+def _size(text: str | None, edge: int) -> tuple[int, int]:
+    """`width x height`, or the model's own edge twice. Raises SpecError."""
+    parts = (text or f"{edge}x{edge}").lower().replace("×", "x").split("x")
+    if len(parts) != 2 or not all(part.strip().isdigit() for part in parts):
+        raise SpecError("spec.bad_size", text=text)
+    return int(parts[0]), int(parts[1])
 
 
 def _token(from_stdin: bool) -> str | None:

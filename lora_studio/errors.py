@@ -25,6 +25,7 @@ SENTENCES = {
     "spec.duplicate_key": "{source} sets {name} twice (line {line}). Keep one of them.",
     "spec.no_file": "There is no file {path}. Give the path of a spec, or --preset NAME (see `presets`).",
     "spec.bad_override": "{text} is not of the form path=value. Write for example --set method.rank=8.",
+    "spec.bad_size": "{text} is no size. Write for example --size 512x768.",
     "spec.unknown_preset": "There is no preset {name}. Known: {known}.",
     "spec.too_new": "This spec has version {version}; this studio reads up to version {newest}. Update the studio.",
     # data
@@ -48,6 +49,14 @@ SENTENCES = {
     "data.all_masked": "No token of any row would be learnt: {reason}.",
     "data.hub": "The data set {path} could not be fetched: {reason}.",
     "data.no_split": "{path} has no split {split}; it has {known}. Change split.",
+    # pictures
+    "picture.folder_empty": "{path} holds no picture ({known}). Choose the folder that holds them.",
+    "picture.nothing_left": "No picture of {path} is left to train on: {reasons}.",
+    "picture.file_kind": "{name} is a {suffix} file; pictures are read from a folder or a .zip. Choose the folder it is in.",
+    "picture.closed": "{path} cannot be read: {reason}. Change its permissions, or copy it to a folder of yours.",
+    "picture.changed": "{name} could be read before, and now it cannot: {reason}. Put it back, or start again without it.",
+    "picture.archive": "{name} was not unpacked: {reason}. Pack the pictures again as a plain .zip.",
+    "picture.hub_column": "{id} has no column of pictures (it has {columns}). Choose another data set, or set columns.picture.",
     # base model
     "base.missing": "There is no base model {id}: it is neither a folder here nor a Hub id. {hint}",
     "base.not_found": "The Hub has no model {id}, or your account may not see it. Check the name; sign in with `hf auth login` "
@@ -58,12 +67,19 @@ SENTENCES = {
     "base.no_weights": "{id} has no .safetensors weights. Pickled weights are never opened; use a base saved as safetensors.",
     "base.no_config": "{id} has no readable config.json. Choose the folder that holds the model.",
     "base.not_causal": "{id} is a {model_type} model, which is not a causal language model. Choose another base.",
+    "base.pipeline": "{id} is a {pipeline}, a kind of image model that is not known here yet. Known: {known}.",
+    "base.not_image": "{id} is a language model, and task.kind is image. Choose an image model, or another kind of rows.",
+    "base.not_text": "{id} is an image model, and task.kind is {kind}. Set task.kind to image, or choose a language model.",
     "base.remote_code": "{id} needs code of its own to load, and the studio never runs such code. "
     "Choose a base that transformers supports itself.",
     "base.broken": "{id} could not be loaded: {reason}. Fetch it again.",
     "base.targets": "No layer of {id} is called {targets}. It has: {known}.",
     "base.template": "The chat template of {id} fails on row {row} of {path}: {reason}. Set task.template to chatml, "
     "or change the row.",
+    # image families
+    "image.two_parts": "{id} shares its work between two parts ({part} and {part}_2), which is not known here yet. Choose a base with one {part}.",
+    "image.weighting": "{name} learns by flow matching, where {weighting} weighs nothing. Set task.weighting to none.",
+    "image.multiple": "Pictures for {name} need edges that are multiples of {multiple}, and {field} is {value}. Change {field}.",
     # machine
     "machine.disk": "{path} has {free} free, and this needs about {needed}. Free some space, or set LORA_STUDIO_HOME elsewhere.",
     "machine.write": "{path} cannot be written: {reason}. Set LORA_STUDIO_HOME to a folder of yours.",
@@ -84,6 +100,8 @@ SENTENCES = {
     "run.vanished": "The process vanished without a word, as after a power cut or kill -9. Its last log line: {line}",
     "run.ended": "The process {words}. Its last log line: {line}",
     "run.failed": "The run {id} failed. {reason}",
+    "run.no_sample": "The run {id} has no sample picture {name}.",
+    "run.no_picture": "There is no picture {name}; it may have been deleted.",
     "run.no_adapter": "The run {id} has no adapter yet: it is {state}.",
     # hub
     "hub.id": "{id} cannot be the name of a repository: {rule}. Try {suggestion}.",
@@ -227,6 +245,7 @@ SENTENCES = {
     "bench.unloaded": "The model was unloaded ({reason}). Ask again; it is loaded again.",
     "bench.memory": "The memory of {device} does not suffice. Choose a smaller base, fewer adapters or a shorter answer.",
     "bench.setting": "{name} is {value}, but {rule}. Change it.",
+    "bench.kind": "{base} is {is_a} model, and this needs {wanted} model. Choose another base.",
     "bench.nothing_asked": "There is nothing to answer. Write a message.",
     "bench.messages": "{found} is not a message. Give each message a role and a content.",
     "bench.template": "The chat template of {base} fails on this conversation: {reason}. Try the template chatml.",

@@ -1,6 +1,8 @@
-"""The table of base-model families: which layers an adapter goes on, and what their well-known models need."""
+"""The tables of base-model families: which layers an adapter goes on, and what their well-known models need."""
 
 from dataclasses import dataclass
+
+from lora_studio.errors import BaseModelError, StudioError
 
 LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -35,6 +37,93 @@ FAMILIES = (
 )  # fmt: skip
 
 
+UNET_LINEARS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
+
+
+JOINT = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out")
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+@dataclass(frozen=True)
+class ImageFamily:
+    """A family of image models: the diffusers pipeline, the part that is trained, the default target layers, the edge its models were
+    trained at, known Hub ids with billions of parameters of that part; `multiple` is what edges of pictures must be a multiple of, and
+    `flow` says that it learns straight lines from picture to noise, not the steps of a noise schedule."""
+
+    name: str
+    pipeline: str
+    component: str
+    targets: tuple[str, ...]
+    resolution: int
+    sizes: dict[str, float]
+    gated: bool = False
+    multiple: int = 16
+    flow: bool = True
+
+
+IMAGE_FAMILIES = (
+    ImageFamily("Stable Diffusion 1.5 and 2", "StableDiffusionPipeline", "unet", UNET_LINEARS, 512,
+                {"demo-image": 0.004, "stable-diffusion-v1-5/stable-diffusion-v1-5": 0.86}, multiple=8, flow=False),
+    ImageFamily("Stable Diffusion XL", "StableDiffusionXLPipeline", "unet", UNET_LINEARS, 1024,
+                {"stabilityai/stable-diffusion-xl-base-1.0": 2.57}, multiple=8, flow=False),
+    ImageFamily("Stable Diffusion 3 and 3.5", "StableDiffusion3Pipeline", "transformer", JOINT, 1024,
+                {"stabilityai/stable-diffusion-3-medium-diffusers": 2.1, "stabilityai/stable-diffusion-3.5-medium": 2.5,
+                 "stabilityai/stable-diffusion-3.5-large": 8.1}, gated=True),
+    ImageFamily("FLUX.1", "FluxPipeline", "transformer",
+                (*JOINT, "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"), 1024,
+                {"black-forest-labs/FLUX.1-dev": 11.9, "black-forest-labs/FLUX.1-schnell": 11.9}, gated=True),
+    ImageFamily("FLUX.2 klein", "Flux2KleinPipeline", "transformer", (*ATTENTION, "to_qkv_mlp_proj"), 1024,
+                {"black-forest-labs/FLUX.2-klein-base-4B": 3.9, "black-forest-labs/FLUX.2-klein-4B": 3.9}),
+    ImageFamily("Qwen-Image", "QwenImagePipeline", "transformer", ATTENTION, 1024, {"Qwen/Qwen-Image": 20.4}),
+    ImageFamily("Z-Image", "ZImagePipeline", "transformer", ATTENTION, 1024,
+                {"Tongyi-MAI/Z-Image": 6.2, "Tongyi-MAI/Z-Image-Turbo": 6.2}),
+    ImageFamily("Sana", "SanaPipeline", "transformer", ATTENTION, 1024,
+                {"Efficient-Large-Model/Sana_600M_1024px_diffusers": 0.59, "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers": 1.6},
+                multiple=32),
+    ImageFamily("Lumina Image 2", "Lumina2Pipeline", "transformer", ATTENTION, 1024, {"Alpha-VLLM/Lumina-Image-2.0": 2.6}),
+    ImageFamily("PixArt-Sigma", "PixArtSigmaPipeline", "transformer", ATTENTION, 1024,
+                {"PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": 0.61, "PixArt-alpha/PixArt-Sigma-XL-2-512-MS": 0.61}, flow=False),
+    ImageFamily("Wan 2.1 (still pictures)", "WanPipeline", "transformer", (*ATTENTION, "ffn.net.0.proj", "ffn.net.2"), 480,
+                {"Wan-AI/Wan2.1-T2V-1.3B-Diffusers": 1.42, "Wan-AI/Wan2.1-T2V-14B-Diffusers": 14.3}),
+)  # fmt: skip
+
+
+def timesteps(pipeline: str, wanted: str) -> str:
+    """What task.timesteps means for a pipeline: auto draws from the middle for flow matching, and evenly for the others."""
+    family = of_pipeline(pipeline)
+    return wanted if wanted != "auto" else "logit_normal" if family and family.flow else "uniform"
+
+
+def misfits(pipeline: str, spec) -> list[tuple[str, StudioError]]:
+    """The settings of an image run that do not go with its base, each with its field."""
+    family, task, found = of_pipeline(pipeline), spec.task, []
+    if family is None:
+        return found
+    if family.flow and task.weighting != "none":
+        found.append(("task.weighting", BaseModelError("image.weighting", name=family.name, weighting=task.weighting)))
+    step = task.bucket_step if task.buckets else task.resolution
+    if step % family.multiple:
+        field = "task.bucket_step" if task.buckets else "task.resolution"
+        found.append((field, BaseModelError("image.multiple", name=family.name, field=field, value=step, multiple=family.multiple)))
+    return found
+
+
+def of_pipeline(name: str) -> ImageFamily | None:
+    """The family of a diffusers pipeline's class, if it is in the table."""
+    return next((family for family in IMAGE_FAMILIES if family.pipeline == name), None)
+
+
+def guidance(base: str) -> float:
+    """The guidance that a picture of a base usually wants."""
+    return 2.0 if base == "demo-image" else 5.0
+
+
+def edge(base: str) -> int | None:
+    """The edge in pixels that a known image model was trained at, 0 for a known language model, None for any other id."""
+    known = {**dict.fromkeys(id for family in FAMILIES for id in family.sizes), **{id: family.resolution for family in IMAGE_FAMILIES for id in family.sizes}}
+    return (known[base] or 0) if base in known else None
+
+
 def of_model_type(model_type: str) -> Family | None:
     """The family of transformers' model type, if it is in the table."""
     return next((family for family in FAMILIES if model_type in family.model_types), None)
@@ -42,9 +131,10 @@ def of_model_type(model_type: str) -> Family | None:
 
 def billions(base: str) -> float | None:
     """Billions of parameters of a known Hub id."""
-    return next((family.sizes[base] for family in FAMILIES if base in family.sizes), None)
+    return next((family.sizes[base] for family in (*FAMILIES, *IMAGE_FAMILIES) if base in family.sizes), None)
 
 
 def known_bases() -> list[str]:
     """Every known base, the bundled ones first."""
-    return [base for family in FAMILIES for base in family.sizes]
+    found = [base for family in (*FAMILIES, *IMAGE_FAMILIES) for base in family.sizes]
+    return sorted(found, key=lambda base: not base.startswith("demo-"))

@@ -18,6 +18,7 @@ def presets_folder() -> Path:
 
 
 def demo_base(name: str) -> Path | None:
-    """The folder of a bundled base (`demo-text`), or None when `name` is not one."""
+    """The folder of a bundled base (`demo-text`, `demo-image`), or None when `name` is not one."""
     folder = PACKAGE / "demo" / name.removeprefix("demo-")
-    return folder if name.startswith("demo-") and (folder / "config.json").is_file() else None
+    whole = name.startswith("demo-") and any((folder / file).is_file() for file in ("config.json", "model_index.json"))
+    return folder if whole else None

@@ -1,19 +1,22 @@
 """Before a run starts: everything that can be said of a spec, its base, its rows and this machine, as sentences and numbers."""
 
+import base64
 import importlib.util
+import io
 import os
 import shutil
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lora_studio import bases, data, rows
-from lora_studio.errors import MachineError, Problem, StudioError
-from lora_studio.home import presets_folder
+from lora_studio import bases, data, families, pictures, rows
+from lora_studio.errors import BaseModelError, MachineError, Problem, StudioError
+from lora_studio.home import home, presets_folder
 from lora_studio.jobs import checks, devices
 from lora_studio.spec import Base, Source, TrainSpec
 from lora_studio.workspace import Workspace
 
-PREVIEW_ROWS = 5
+PREVIEW_ROWS, PREVIEW_PICTURES, THUMBNAIL = 5, 12, 128
 LIGHT_ROWS = 2000
 
 
@@ -58,6 +61,8 @@ def _check_base(spec: TrainSpec, report: Report) -> bases.BaseInfo | None:
     if info.folder is None:
         size = f" (about {info.parameters * 2 / 1e9:.1f} GB)" if info.parameters else ""
         report.add("base.id", f"{spec.base.id} will be fetched from the Hub{size} when the run starts.", "note")
+    elif bool(info.pipeline) != (spec.task.kind == "image"):
+        report.add("task.kind", BaseModelError("base.not_text" if info.pipeline else "base.not_image", id=spec.base.id, **({"kind": spec.task.kind} if info.pipeline else {})))
     elif info.linears:
         found = info.targets(spec.method.targets)
         if not found:
@@ -68,10 +73,14 @@ def _check_base(spec: TrainSpec, report: Report) -> bases.BaseInfo | None:
         if found and missing:
             report.add("method.targets", f"No layer of {spec.base.id} is called {', '.join(missing)}. Remove it from method.targets.")
         report.facts["targets"] = found
+        for path, error in families.misfits(info.pipeline, spec) if info.pipeline else []:
+            report.add(path, error)
     return info
 
 
 def _check_data(spec: TrainSpec, report: Report) -> None:
+    if spec.task.kind == "image":
+        return _check_pictures(spec, report)
     total = 0
     for index, source in enumerate(spec.data):
         try:
@@ -88,6 +97,42 @@ def _check_data(spec: TrainSpec, report: Report) -> None:
         if found.skipped:
             report.add(f"data.{index}", f"{source.path}: left out are {found.skipped_in_words()}.", "warning")
     report.facts["rows"] = total
+
+
+def _check_pictures(spec: TrainSpec, report: Report) -> None:
+    """What the files say: how many pictures, of which sizes, with which captions. They are decoded later."""
+    total, sizes = 0, Counter()
+    for index, source in enumerate(spec.data):
+        try:
+            found = pictures.collect(spec.model_copy(update={"data": [source]}), cache=home() / "cache" / "archives", limit=LIGHT_ROWS, decode=False)
+        except StudioError as error:
+            report.add(f"data.{index}", error)
+            continue
+        for part in found:
+            total += len(part.items)
+            sizes.update(pictures.bucket(one.width, one.height, spec.task) for one in part.items)
+            for one in part.items[: max(1, PREVIEW_PICTURES // len(spec.data))]:
+                caption = pictures.caption(one, spec.task, trigger=part.trigger, dropped=False)
+                report.preview.append({"picture": one.name, "caption": caption, "thumbnail": _thumbnail(one)})
+            for sentence in part.notes:
+                report.add(f"data.{index}", sentence, "warning")
+            if part.skipped:
+                report.add(f"data.{index}", f"{source.path}: left out are {part.skipped_in_words()}.", "warning")
+    report.facts["rows"] = total
+    if sizes:
+        report.facts["sizes"] = {f"{width}×{height}": count for (width, height), count in sizes.most_common()}
+
+
+def _thumbnail(picture: pictures.Picture) -> str:
+    """A small copy of a picture as a data address; empty when it cannot be decoded."""
+    zoom = THUMBNAIL / max(picture.width, picture.height)
+    size = max(1, round(picture.width * zoom)), max(1, round(picture.height * zoom))
+    try:
+        found, out = pictures.load(picture, size=size), io.BytesIO()
+    except (OSError, ValueError, StudioError):
+        return ""
+    found.save(out, "JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
 
 
 def _is_here(source: Source) -> bool:
@@ -147,7 +192,7 @@ def _size_up(spec: TrainSpec, info: bases.BaseInfo, device: str, report: Report)
         return
     wide = 4 if spec.compute.precision == "fp32" or (spec.compute.precision == "auto" and not device.startswith("cuda")) else 2
     needed = info.parameters * wide + report.facts.get("trainable", 0) * 16
-    if info.layers and info.hidden and info.intermediate:
+    if info.layers and info.hidden and info.intermediate and spec.task.kind != "image":
         tokens = spec.schedule.batch_size * spec.task.max_length
         kept = 2 * info.hidden if spec.compute.checkpointing else 16 * info.hidden + 6 * info.intermediate
         report.facts["memory_rows_full"] = int(needed + tokens * info.layers * kept * wide)

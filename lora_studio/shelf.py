@@ -9,14 +9,16 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
 
-from lora_studio import adapters, card, durable, hub, library, runs, studio
-from lora_studio.errors import AdapterError, MachineError, RunError
+from lora_studio import adapters, bases, card, durable, families, hub, library, runs, studio
+from lora_studio.adapters import pipeline_files
+from lora_studio.errors import AdapterError, MachineError, RunError, StudioError
 from lora_studio.jobs import bench
+from lora_studio.spec import Base
 from lora_studio.workspace import Workspace
 
 Parts = list[tuple[str, float]]
@@ -99,14 +101,22 @@ def export_adapter(workspace: Workspace, id: str, target: str | Path) -> Path:
         raise AdapterError("adapter.target", path=target)
     target.parent.mkdir(parents=True, exist_ok=True)
     files = {path.name: path.read_bytes() for path in sorted(source.iterdir()) if path.name != durable.MARKER}
-    durable.publish_folder(target, files)
+    durable.publish_folder(target, {**files, **_pipeline_file(source)})
     return target
+
+
+def _pipeline_file(folder: Path) -> dict[str, bytes]:
+    """An image adapter's file as diffusers reads it, by its name; nothing for a language model's."""
+    config = json.loads((folder / adapters.CONFIG).read_text(encoding="utf-8"))
+    part = pipeline_files.part_of(config)
+    weights = (folder / adapters.WEIGHTS).read_bytes() if part else b""
+    return {pipeline_files.NAME: pipeline_files.to_pipeline_file(weights, config, part)} if part else {}
 
 
 def archive(workspace: Workspace, id: str, folder: Path) -> Path:
     """An adapter's PEFT folder as one .zip in `folder`, for download. Raises AdapterError."""
     source = library.adapter_folder(workspace, id)
-    return studio.pack(source, folder, library.card(workspace, id)["name"])
+    return studio.pack(source, folder, library.card(workspace, id)["name"], more=_pipeline_file(source))
 
 
 def rename(workspace: Workspace, id: str, name: str) -> dict:
@@ -178,6 +188,24 @@ def bench_status() -> dict:
     return bench.status()
 
 
+def picture_edge(base: str) -> int | None:
+    """The edge in pixels of the pictures that an image model draws well; 0 for a language model, None where that is not known."""
+    try:
+        info = bases.inspect(Base(id=base)) if base else None
+    except (StudioError, ValueError):
+        return None
+    if info is None or info.folder is None:
+        return families.edge(base)
+    return (bases.sample_edge(info) or families.of_pipeline(info.pipeline).resolution) if info.pipeline else 0
+
+
+def draw(workspace: Workspace, base: str, prompt: str, sides: dict[str, Parts], **brush) -> Iterator[dict]:
+    """The events of pictures by an image model, one for each side: `step`, `picture` as each is done, `done` at the end. `brush` may
+    hold seed, steps, guidance, width, height. The files lie in the workspace's pictures/."""
+    asked = {side: _paths(workspace, parts) for side, parts in sides.items()}
+    return bench.stream("draw", base=base, prompt=prompt, sides=asked, target=str(workspace.root / "pictures"), **brush)
+
+
 # ---- the Hub
 
 
@@ -225,9 +253,12 @@ def publish(workspace: Workspace, id: str, to: Push, *, token: str | None = None
 @contextlib.contextmanager
 def _staged(workspace: Workspace, known: dict, to: Push) -> Iterator[tuple[Path, dict[str, str | bytes]]]:
     """A folder with an adapter's files, and what is laid over them: the model card, the public configuration, the loss curve."""
-    folder, curve = library.adapter_folder(workspace, known["id"]), _curve(workspace, known)
-    text = card.write(_facts(workspace, known, to.license, curve=card.CURVE if curve else ""), repo_id=to.repo)
-    files = {"README.md": text, adapters.CONFIG: _public_config(folder), **({card.CURVE: curve} if curve else {})}
+    folder, curve, drawn = library.adapter_folder(workspace, known["id"]), _curve(workspace, known), _pictures(workspace, known)
+    laid: dict[str, str | bytes] = {**_pipeline_file(folder), **{name: path.read_bytes() for _, name, path in drawn}, **({card.CURVE: curve} if curve else {})}
+    facts = _facts(workspace, known, to.license, curve=card.CURVE if curve else "")
+    if pipeline_files.NAME in laid:
+        facts = replace(facts, pipeline_file=pipeline_files.NAME, pictures=[(prompt, name) for prompt, name, _ in drawn], samples=())
+    files = {"README.md": card.write(facts, repo_id=to.repo), adapters.CONFIG: _public_config(folder), **laid}
     with tempfile.TemporaryDirectory(prefix=durable.TEMPORARY) as place:
         for path in folder.iterdir():
             if path.name != durable.MARKER:
@@ -255,6 +286,15 @@ def _run_of(workspace: Workspace, known: dict) -> Path | None:
         return workspace.run_folder(known["run"]) if known["run"] else None
     except RunError:
         return None
+
+
+def _pictures(workspace: Workspace, known: dict) -> list[tuple[str, str, Path]]:
+    """The newest sample picture of each prompt of an adapter's run: (prompt, name in the repository, file)."""
+    folder, found = _run_of(workspace, known), {}
+    for event in runs.read_all(folder) if folder else []:
+        if event["kind"] == "sample" and event["step"] and str(event["answer"]).endswith(".png"):
+            found[event["prompt"]] = folder / "samples" / Path(event["answer"]).name
+    return [(prompt, f"sample-{number}.png", file) for number, (prompt, file) in enumerate(found.items()) if file.is_file()]
 
 
 def _curve(workspace: Workspace, known: dict) -> bytes | None:

@@ -32,7 +32,7 @@ class Source(Part):
     """Where rows come from."""
 
     path: Annotated[str, Field(min_length=1)]
-    """A .jsonl, .json, .csv or .parquet file, a folder of these, a Hub data set (owner/name), or demo/pirate."""
+    """A .jsonl, .json, .csv or .parquet file, a folder of these, a Hub data set (owner/name), or demo/pirate. For pictures a folder or .zip."""
     split: str = "train"
     """The split of a Hub data set."""
     subset: str | None = None
@@ -51,7 +51,7 @@ class ChatTask(Part):
     """Conversations; the loss is on the assistant's words only."""
 
     kind: Literal["chat"] = "chat"
-    """What the rows are: chat, prompt_completion, or text."""
+    """What the rows are: chat, prompt_completion, text, or image."""
     max_length: Annotated[int, Field(ge=8)] = 1024
     """Longest row in tokens. Longer rows are counted and shown before Start."""
     overlength: Literal["cut", "drop"] = "cut"
@@ -66,7 +66,7 @@ class PromptCompletionTask(Part):
     """A prompt and its completion, without a chat template; the loss is on the completion."""
 
     kind: Literal["prompt_completion"] = "prompt_completion"
-    """What the rows are: chat, prompt_completion, or text."""
+    """What the rows are: chat, prompt_completion, text, or image."""
     max_length: Annotated[int, Field(ge=8)] = 1024
     """Longest row in tokens. Longer rows are counted and shown before Start."""
     overlength: Literal["cut", "drop"] = "cut"
@@ -77,11 +77,48 @@ class TextTask(Part):
     """Plain text; the loss is on every token."""
 
     kind: Literal["text"] = "text"
-    """What the rows are: chat, prompt_completion, or text."""
+    """What the rows are: chat, prompt_completion, text, or image."""
     max_length: Annotated[int, Field(ge=8)] = 1024
     """Longest row in tokens. Longer rows are counted and shown before Start."""
     overlength: Literal["cut", "drop", "split"] = "split"
     """Rows longer than max_length: split makes several rows, cut keeps the beginning, drop leaves them out."""
+
+
+class ImageTask(Part):
+    """Pictures with captions, for a diffusion model; the loss is on the noise."""
+
+    kind: Literal["image"] = "image"
+    """What the rows are: chat, prompt_completion, text, or image."""
+    resolution: Annotated[int, Field(ge=32, le=4096, multiple_of=8)] = 512
+    """The edge in pixels of a square; every picture is scaled to about its area."""
+    buckets: bool = True
+    """Keep the shape of each picture: those of like shape go together. Off: all are cropped to a square."""
+    bucket_step: Annotated[int, Field(ge=8, multiple_of=8)] = 64
+    """The edges of buckets are multiples of this, in pixels."""
+    crop: Literal["center", "random"] = "center"
+    """Which part is kept of a picture that does not fit its bucket exactly. random moves it every epoch."""
+    flip: bool = False
+    """Mirror half of the pictures, others each epoch. Not for text or faces with a parting."""
+    trigger: str | None = None
+    """A word that stands first in every caption, and later calls the adapter."""
+    prefix: str | None = None
+    """Text that stands before every caption, after the trigger."""
+    caption_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of pictures that are shown without their caption, others each epoch."""
+    shuffle_tags: bool = False
+    """Shuffle the parts of a caption that commas divide, anew each epoch."""
+    keep_tags: Annotated[int, Field(ge=0)] = 0
+    """How many parts at the beginning of a caption stay where they are."""
+    weighting: Literal["none", "min_snr", "debiased"] = "none"
+    """How steps of the noise count in the loss: all alike, min-SNR (gamma 5), or debiased by 1/sqrt(SNR); the last two not for flow matching."""
+    timesteps: Literal["auto", "uniform", "logit_normal"] = "auto"
+    """Where in the noise pictures are trained: uniform takes all steps alike, logit_normal mostly the middle, auto what the family is used to."""
+    noise_offset: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Noise that is the same all over a channel, for very dark and very bright pictures; 0.05 is usual."""
+    sample_steps: Annotated[int, Field(ge=1, le=1000)] = 20
+    """Steps of each sample picture."""
+    guidance: Annotated[float, Field(ge=1, le=100)] = 5.0
+    """Guidance of each sample picture; 1 is none."""
 
 
 class Lora(Part):
@@ -196,7 +233,7 @@ class TrainSpec(Part):
     name: Annotated[str, Field(min_length=1, max_length=80, pattern=r"^[^\x00-\x1f\x7f]*\S[^\x00-\x1f\x7f]*$")] = "my adapter"
     """What you call the adapter. Any name; folders are numbered."""
     base: Base = Base()
-    task: Annotated[Union[ChatTask, PromptCompletionTask, TextTask], Field(discriminator="kind")] = ChatTask()
+    task: Annotated[Union[ChatTask, PromptCompletionTask, TextTask, ImageTask], Field(discriminator="kind")] = ChatTask()
     data: Annotated[list[Source], Field(min_length=1)]
     """Where the rows come from: one or several sources."""
     validation: Validation = Validation()
@@ -230,6 +267,24 @@ def changed(part: Part, field: str) -> bool:
 
 # (field, the setting has no effect there, what to say)
 NO_EFFECT = [
+    (
+        "task.keep_tags",
+        lambda spec: spec.task.kind == "image" and spec.task.keep_tags > 0 and not spec.task.shuffle_tags,
+        "task.keep_tags has no effect without task.shuffle_tags. Set task.shuffle_tags, or remove it.",
+    ),
+    *(
+        (
+            path,
+            lambda spec, path=path: spec.task.kind == "image" and changed(getattr(spec, path.partition(".")[0]), path.partition(".")[2]),
+            f"{path} has no effect on pictures. Remove it.",
+        )
+        for path in ("compute.packing", "compute.fused", "output.sample_tokens")
+    ),
+    (
+        "task.bucket_step",
+        lambda spec: spec.task.kind == "image" and changed(spec.task, "bucket_step") and not spec.task.buckets,
+        "task.bucket_step has no effect without task.buckets. Set task.buckets, or remove it.",
+    ),
     (
         "schedule.epochs",
         lambda spec: spec.schedule.steps is not None and changed(spec.schedule, "epochs"),

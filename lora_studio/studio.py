@@ -17,6 +17,8 @@ from lora_studio.workspace import Workspace
 
 __all__ = ["Report", "gigabytes", "pinned", "preflight", "rates", "scale", "suggest_lr"]
 
+SAMPLE = re.compile(r"[0-9a-f]{16}\.png")
+
 
 # ---- specs
 
@@ -195,19 +197,37 @@ def adapter_folder(workspace: Workspace, id: str) -> Path:
     return folder / "adapter"
 
 
+def sample(workspace: Workspace, id: str, name: str) -> Path:
+    """A sample picture of a run. Raises RunError."""
+    file = workspace.run_folder(id) / "samples" / name
+    if not SAMPLE.fullmatch(name) or not file.is_file():
+        raise RunError("run.no_sample", id=id[:60], name=name[:60])
+    return file
+
+
+def picture(workspace: Workspace, name: str) -> Path:
+    """A picture that was drawn in the Playground. Raises RunError."""
+    file = workspace.root / "pictures" / name
+    if not SAMPLE.fullmatch(name) or not file.is_file():
+        raise RunError("run.no_picture", name=name[:60])
+    return file
+
+
 def adapter_archive(workspace: Workspace, id: str, folder: Path) -> Path:
     """The PEFT folder of a run as one .zip in `folder`, for download. Raises RunError."""
     return pack(adapter_folder(workspace, id), folder, show(workspace, id).name)
 
 
-def pack(source: Path, folder: Path, name: str) -> Path:
-    """A published folder as `folder/<name>.zip`, whole or absent."""
+def pack(source: Path, folder: Path, name: str, *, more: dict[str, bytes] | None = None) -> Path:
+    """A published folder as `folder/<name>.zip`, with `more` files in it, whole or absent."""
     target = folder / f"{_file_name(name)}.zip"
     part = target.with_name(durable.TEMPORARY + target.name)
     with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:
         for file in sorted(source.iterdir()):
             if file.name != durable.MARKER:
                 archive.write(file, f"{target.stem}/{file.name}")
+        for name, data in (more or {}).items():
+            archive.writestr(f"{target.stem}/{name}", data)
     os.replace(part, target)
     return target
 
@@ -228,6 +248,7 @@ def method_in_words(spec: TrainSpec) -> str:
 def data_choices(workspace: Workspace) -> list[tuple[str, str]]:
     """Data at hand, as (label, path): the demos and what was uploaded."""
     demos = sorted((presets_folder() / "demo").glob("*.jsonl"))
+    demos += sorted(path.parent for path in (presets_folder() / "demo").glob("*/metadata.jsonl"))
     uploads = sorted(path for path in workspace.data.iterdir() if not path.name.startswith(".")) if workspace.data.is_dir() else []
     return [(f"demo: {path.stem}", f"demo/{path.stem}") for path in demos] + [(path.name, str(path)) for path in uploads]
 
@@ -236,7 +257,8 @@ def upload(workspace: Workspace, file: Path, name: str) -> str:
     """Keep an uploaded file under its own name in the workspace. Returns the path for a source. Raises DataError."""
     safe = re.sub(r"[^\w.-]+", "-", Path(name).name).lstrip(".-") or "data"
     target = workspace.data / safe
-    data.files_of(Path(file).with_name(safe) if Path(safe).suffix else Path(safe))
+    if Path(safe).suffix.lower() != ".zip":  # an archive of pictures is looked into when it is used
+        data.files_of(Path(file).with_name(safe) if Path(safe).suffix else Path(safe))
     workspace.data.mkdir(parents=True, exist_ok=True)
     number = 1
     while target.exists() and target.read_bytes() != Path(file).read_bytes():

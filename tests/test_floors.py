@@ -11,7 +11,7 @@ PACKAGE = Path(lora_studio.__file__).parent
 FLOORS = {
     0: ["errors", "spec", "problems", "settings", "families", "presets", "home", "__init__"],
     1: ["lowrank", "blend"],
-    2: ["durable", "workspace", "runs", "data", "rows", "bases", "library", "adapters", "checkpoints", "hub", "card"],
+    2: ["durable", "workspace", "runs", "data", "rows", "bases", "library", "adapters", "checkpoints", "hub", "card", "pictures"],
     3: ["worker", "bench", "training", "inference", "demo"],
     4: ["jobs"],
     5: ["studio", "shelf", "preflight", "doctor"],

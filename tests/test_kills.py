@@ -6,6 +6,7 @@ import pytest
 
 from lora_studio import studio
 from lora_studio.spec import parse
+from tests import tiny_image
 from tests.campaigns import kills
 
 
@@ -18,6 +19,16 @@ def test_a_run_killed_at_any_instant_resumes_to_the_identical_adapter(workspace,
     assert at, "the run was over before it could be killed"
     assert found == expected
     assert kills.history(workspace, id) == told
+
+
+def test_an_image_run_killed_at_any_instant_resumes_to_the_identical_adapter(workspace, tmp_path):
+    base, rows = tiny_image.write_pipeline(tmp_path / "base"), tiny_image.write_pictures(tmp_path / "pictures", size=(40, 32))
+    spec = parse(kills.image_settings(base, rows, steps=40))
+    whole = studio.start(workspace, spec)
+    expected, told = kills.finish(workspace, whole), kills.history(workspace, whole)
+    id, found, at = kills.trial(workspace, spec, random.Random(1), longest=0.4)
+    assert at, "the run was over before it could be killed"
+    assert found == expected and kills.history(workspace, id) == told
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ def test_every_preset_is_a_whole_spec(name):
 def test_a_preset_says_only_what_differs(name):
     tree = ALL[name].tree()
     spec = to_tree(parse({"data": [{"path": "x"}], **tree}))
-    default = to_tree(parse({"data": [{"path": "x"}]}))
+    default = to_tree(parse({"data": [{"path": "x"}], "task": {"kind": spec["task"]["kind"]}}))
     together = {"method.rank", "method.alpha", "optim.lr", "base.id", "task.kind", "name"}
     same = [leaf.path for leaf in settings.leaves() if _has(tree, leaf.path) and _at(spec, leaf.path) == _at(default, leaf.path)]
     assert set(same) <= together
@@ -45,4 +45,4 @@ def test_the_demos_come_first_and_the_promised_families_are_there():
     names = list(ALL)
     assert all(name.startswith("demo/") for name in names[:2])
     assert {"qwen3/0.6b", "qwen3/1.7b", "qwen3/4b", "qwen3/8b", "llama3/1b", "llama3/3b", "llama3/8b"} <= set(names)
-    assert {name.partition("/")[0] for name in names} >= {"smollm", "gemma", "mistral"}
+    assert {name.partition("/")[0] for name in names} >= {"smollm", "gemma", "mistral", "sd15", "sdxl"}

@@ -24,6 +24,24 @@ def tree() -> str:
     return "\n".join(lines)
 
 
+def families_table() -> str:
+    """The families of models that are known, from the code."""
+    from lora_studio import families
+
+    rows = [(family.name, "language", ", ".join(f"`{target}`" for target in family.targets), family.sizes) for family in families.FAMILIES if family.name != "Demo"]
+    rows += [(family.name, f"image: {family.component} of `{family.pipeline}`", ", ".join(f"`{target}`" for target in family.targets), family.sizes) for family in families.IMAGE_FAMILIES]
+    lines = ["| family | what is trained | adapter on | for example |", "| --- | --- | --- | --- |"]
+    for name, part, targets, sizes in rows:
+        known = [base for base in sizes if not base.startswith("demo-")]
+        lines.append(f"| {name} | {part} | {targets} | {known[0] if known else ''} |")
+    return "\n".join(lines)
+
+
+def test_the_table_of_families_in_the_readme_is_the_code():
+    shown = re.search(r"<!-- families -->\n(.*?)\n<!-- end -->", README, re.DOTALL)[1]
+    assert shown == families_table(), "write it again: python -m tests.test_readme"
+
+
 def test_the_tree_in_the_readme_is_the_code():
     shown = re.search(r"## A tour of the code\n\n```\n(.*?)\n```", README, re.DOTALL)[1]
     assert shown == tree(), "write the tree again: python -m tests.test_readme"
@@ -62,4 +80,5 @@ def test_the_top_level_is_what_it_should_be():
 
 if __name__ == "__main__":
     text = re.sub(r"(## A tour of the code\n\n```\n).*?(\n```)", lambda found: found[1] + tree() + found[2], README, flags=re.DOTALL)
+    text = re.sub(r"(<!-- families -->\n).*?(\n<!-- end -->)", lambda found: found[1] + families_table() + found[2], text, flags=re.DOTALL)
     (ROOT / "README.md").write_text(text, encoding="utf-8")

@@ -113,7 +113,8 @@ def test_flags_and_form_values_are_exactly_the_leaves_of_the_spec():
         flags = {parameter.name.replace("__", ".") for parameter in command().commands[name].params} - own
         assert flags == leaves
     assert set(studio.form_values()) == leaves
-    assert leaves == _leaf_paths(parse(PLAIN).model_dump()) | {"task.template", "task.system"}
+    kinds = ("chat", "prompt_completion", "text", "image")
+    assert leaves == set().union(*(_leaf_paths(parse({**PLAIN, "task": {"kind": kind}}).model_dump()) for kind in kinds))
 
 
 def _leaf_paths(tree: dict, prefix: str = "") -> set[str]:

@@ -15,7 +15,7 @@ Shapes = dict[str, tuple[int, ...]]
 def base_shapes(folder: Path) -> Shapes:
     """The weights of a base on this machine by the name of their layer, from its headers. Raises BaseModelError."""
     found = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in sorted(bases.weights_folder(folder).glob("*.safetensors")):
         found.update(bases.header_shapes(folder.name, file))
     return {name.removesuffix(".weight"): tuple(shape) for name, shape in found.items() if name.endswith(".weight") and len(shape) > 1}
 

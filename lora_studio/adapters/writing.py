@@ -26,6 +26,7 @@ def with_modules(card: Card, modules: dict[str, LowRank]) -> Adapter:
         name: Layer(module.kind, module.shape, module.rank, module.rank * module.scale, module.scale) for name, module in modules.items()
     }
     kept = {"base": card.base, "revision": card.revision, "task_type": card.task_type, "fan_in_fan_out": card.fan_in_fan_out}
+    kept["config"] = {"auto_mapping": card.config["auto_mapping"]} if card.config.get("auto_mapping") else {}
     targets = tuple(sorted({name.rsplit(".", 1)[-1] for name in layers}))
     return Adapter(
         modules, {}, Card("peft", layers=layers, targets=targets, parameters=sum(module.parameters for module in modules.values()), **kept)
@@ -87,6 +88,7 @@ def _config(card: Card, names: list[str], rank: int) -> dict:
         "alpha_pattern": {},
         "target_modules": targets_of(names),
         "modules_to_save": card.config.get("modules_to_save") or None,
+        **({"auto_mapping": card.config["auto_mapping"]} if card.config.get("auto_mapping") else {}),
     }
 
 

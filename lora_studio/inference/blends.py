@@ -198,10 +198,13 @@ def _plain(card) -> dict:
 @lru_cache(maxsize=32)
 def _print_of_base(id: str) -> str:
     """A hash of a base's weights where they are here; "" elsewhere."""
+    from lora_studio.training import latents
     from lora_studio.training.text import base_print
 
     try:
         folder = bases.locate(base_of(id)) if id else None
+        if folder and (folder / "model_index.json").is_file():
+            return latents.print_of(folder, ("",))
         return base_print(folder) if folder else ""
     except (StudioError, OSError):
         return ""

@@ -7,6 +7,8 @@
     load      base, device, lock, [precision]                     result: what status says
     answer    like load, and messages, parts or sides,            done: sides (text, tokens, ended, active), seconds
               [seed, temperature, top_p, longest, template]
+    draw      like load, and prompt, target, parts or sides,      done: sides (path, active), seconds
+              [seed, steps, guidance, width, height]
     unload    [run, device, hold, reason]                         result: unloaded
 
 `parts` is a list of [path, weight] or [path, weight, name]. `sides` is {name: parts}: several answers to the same messages with the
@@ -66,21 +68,14 @@ class Desk:
         """Answers, spoken in turns."""
         from lora_studio.inference.text import Manner
 
-        sides, template = request.get("sides", {"answer": request.get("parts") or []}), request.get("template", "auto")
-        if not isinstance(sides, dict) or not sides or ("sides" in request and "parts" in request):
-            raise BenchError("bench.request", reason="answer needs parts, or sides as {name: parts}")
+        sides, template = _sides(request), request.get("template", "auto")
         messages = request.get("messages")
         if isinstance(messages, dict) and messages.keys() != sides.keys():
             raise BenchError("bench.request", reason=f"messages are for {', '.join(messages)[:60] or 'nobody'}, the sides are {', '.join(sides)[:60]}")
         conversation = messages if isinstance(messages, dict) else dict.fromkeys(sides, messages)
         one_of("template", template, ("auto", "chatml"))
         manner = Manner(**{name: request[name] for name in ("seed", "temperature", "top_p", "longest") if name in request})
-        parts = {side: self.reader.parts(job, rows) for side, rows in sides.items()}
-        if self._ready(job, request):
-            job.send("note", sentence=f"{self.key[0].id} is loaded on {self.device}.")
-        for sentence in dict.fromkeys(other_base(part, self.key[0].id) for found in parts.values() for part in found):
-            if sentence:
-                job.send("note", sentence=sentence)
+        parts = self._prepared(job, request, sides, "language")
         started = time.perf_counter()
         weights = {side: self._hang(found) for side, found in parts.items()}
         applied = time.perf_counter() - started
@@ -103,15 +98,45 @@ class Desk:
                     texts[side] += piece
                     job.send("piece", side=side, text=piece)
         seconds = time.perf_counter() - started
-        paths = {part.id: str(part.path) for found in parts.values() for part in found}
         told = {
-            side: {
-                "text": texts[side], "tokens": len(answer.tokens), "ended": answer.ended,
-                "active": [[paths[id], weight] for id, weight in answer.active.items()],
-            }
+            side: {"text": texts[side], "tokens": len(answer.tokens), "ended": answer.ended, "active": _active(parts, answer.active)}
             for side, answer in spoken.items()
-        }  # fmt: skip
+        }
         return "done", {"sides": told, "seconds": seconds, "apply_ms": 1000 * applied, "first_ms": 1000 * first, "loads": self.loads}
+
+    def draw(self, job, request: dict) -> tuple[str, dict]:
+        """Pictures, one side after the other, with the same prompt and seed."""
+        from lora_studio.inference.draw import Brush
+
+        sides, prompt, target = _sides(request), argument(request, "prompt", str), Path(argument(request, "target", str))
+        brush = Brush(**{name: request[name] for name in ("seed", "steps", "guidance", "width", "height") if name in request})
+        parts = self._prepared(job, request, sides, "image")
+        started, told, job.doing = time.perf_counter(), {}, "drawing"
+        for side in sides:
+            weights = {id: weight for id, weight in self._hang(parts[side]).items() if weight}
+
+            def step(number: int, side=side) -> None:
+                job.check()
+                self.room.look()
+                job.send("step", side=side, step=number, steps=brush.steps)
+
+            path = self.shelf.draw(prompt, brush, target, weights=weights, step=step)
+            told[side] = {"path": str(path), "active": _active(parts, weights)}
+            job.send("picture", side=side, path=str(path))
+        return "done", {"sides": told, "seconds": time.perf_counter() - started, "loads": self.loads}
+
+    def _prepared(self, job, request: dict, sides: dict, kind: str) -> dict[str, list[Part]]:
+        """The adapters of every side, read, and the model, loaded; what is worth a word is said. Raises StudioError."""
+        parts = {side: self.reader.parts(job, rows) for side, rows in sides.items()}
+        is_image = bool(bases.inspect(base_of(request.get("base"))).pipeline)
+        if is_image != (kind == "image"):
+            raise BenchError("bench.kind", base=base_of(request.get("base")).id, is_a="an image" if is_image else "a language", wanted=f"{'an' if kind == 'image' else 'a'} {kind}")
+        if self._ready(job, request):
+            job.send("note", sentence=f"{self.key[0].id} is loaded on {self.device}.")
+        for sentence in dict.fromkeys(other_base(part, self.key[0].id) for found in parts.values() for part in found):
+            if sentence:
+                job.send("note", sentence=sentence)
+        return parts
 
     def _hang(self, parts: list[Part]) -> dict[str, float]:
         """Put what is missing on the shelf, and take off what was not used for long. Returns the weights."""
@@ -148,9 +173,11 @@ class Desk:
             # Notes about optional packages and bars would be the last line of the log when somebody asks how it ended.
             logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
             transformers_logging.disable_progress_bar()
-            from lora_studio.inference.text import Shelf
-
-            self.shelf = Shelf(key[0], device=device, precision=key[2])
+            if bases.inspect(key[0]).pipeline:
+                from lora_studio.inference.draw import Easel as Model
+            else:
+                from lora_studio.inference.text import Shelf as Model
+            self.shelf = Model(key[0], device=device, precision=key[2])
         finally:
             if self.shelf is None:
                 self._drop()
@@ -196,6 +223,20 @@ class Desk:
         return {**told, "note": self.room.sentence()}
 
 
+def _sides(request: dict) -> dict[str, list]:
+    """The sides of a request: {name: parts}. Raises BenchError."""
+    sides = request.get("sides", {"answer": request.get("parts") or []})
+    if not isinstance(sides, dict) or not sides or ("sides" in request and "parts" in request):
+        raise BenchError("bench.request", reason=f"{request['verb']} needs parts, or sides as {{name: parts}}")
+    return sides
+
+
+def _active(parts: dict[str, list[Part]], weights: dict[str, float]) -> list[list]:
+    """The adapters that were on, as [path, weight]."""
+    paths = {part.id: str(part.path) for found in parts.values() for part in found}
+    return [[paths[id], weight] for id, weight in weights.items()]
+
+
 def _of_reader(verb):
     """A verb of the reader as one of the desk."""
     return lambda desk, job, request: verb(desk.reader, job, request)
@@ -208,5 +249,6 @@ VERBS = {
     "blend": (_of_reader(Reader.blend), "parts rank target dtype files replace"),
     "load": (Desk.load, "base device lock precision"),
     "answer": (Desk.answer, ANSWER),
+    "draw": (Desk.draw, "base device lock precision prompt target parts sides seed steps guidance width height"),
     "unload": (Desk.unload, "run device hold reason"),
 }

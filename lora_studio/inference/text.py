@@ -1,24 +1,14 @@
-"""A language model with weighted adapters in memory: `W0·x + Σ w_t·s_t·B_t·(A_t·x)`, with other weights for every answer.
-
-The adapters hang on the base's layers as hooks and are never merged into it. A hook computes in the dtype of its factors (fp32 or
-wider), adds to the layer's output and rounds once; with nothing active it returns the output untouched, so that a bare answer is the
-base's own, bit for bit. The active weights are set around each forward pass and taken away after it, so several answers with
-different weights can be spoken in turns.
-"""
+"""A language model with weighted adapters in memory, and its answers. How adapters hang on a model is in hooks.py."""
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch.nn import functional
-from transformers.pytorch_utils import Conv1D
 
 from lora_studio import bases
-from lora_studio.blend import WEIGHT_LIMIT
-from lora_studio.errors import AdapterError, BenchError, BlendError
-from lora_studio.lowrank import LowRank
+from lora_studio.errors import BenchError
+from lora_studio.inference.hooks import Hooks, is_number
 from lora_studio.spec import Base
 from lora_studio.training import chat, encode
 from lora_studio.training import text as training
@@ -40,17 +30,13 @@ class Manner:
     def __post_init__(self):
         rules = {
             "seed": (isinstance(self.seed, int) and 0 <= self.seed < 2**63, "it must be a whole number from 0 on"),
-            "temperature": (_is_number(self.temperature) and 0 <= self.temperature <= 10, "it must be a number from 0 to 10"),
-            "top_p": (_is_number(self.top_p) and 0 < self.top_p <= 1, "it must be a number above 0 and at most 1"),
+            "temperature": (is_number(self.temperature) and 0 <= self.temperature <= 10, "it must be a number from 0 to 10"),
+            "top_p": (is_number(self.top_p) and 0 < self.top_p <= 1, "it must be a number above 0 and at most 1"),
             "longest": (isinstance(self.longest, int) and 1 <= self.longest <= 1 << 20, "it must be a whole number of tokens, at least 1"),
         }
         for name, (is_right, rule) in rules.items():
             if not is_right:
                 raise BenchError("bench.setting", name=name, value=repr(getattr(self, name))[:40], rule=rule)
-
-
-def _is_number(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @dataclass
@@ -68,8 +54,8 @@ class Answer:
         return self.pieces
 
 
-class Shelf:
-    """One base and any number of adapters on its layers. Not safe for several threads at once."""
+class Shelf(Hooks):
+    """One language model and any number of adapters on its layers. Not safe for several threads at once."""
 
     def __init__(self, base: Base, *, device: str = "cpu", precision: str = "auto"):
         """Load the base. Raises StudioError with the way out."""
@@ -78,93 +64,8 @@ class Shelf:
         self.dtype = training.choose_dtype(precision, device)
         self.tokenizer = encode.load_tokenizer(folder, base.id)
         self.model = training.load_model(folder, base.id, self.dtype).to(self.device).eval()
-        self.layers = dict(self.model.named_modules())
-        self.ids: set[str] = set()
-        self.active: tuple[tuple[str, float], ...] = ()
-        self._parts: dict[torch.nn.Module, dict[str, _Part]] = {}
+        super().__init__(self.model, base.id, self.device)
         self._takes_few = "logits_to_keep" in inspect.signature(self.model.forward).parameters
-
-    # ---- adapters
-
-    def put(self, id: str, modules: dict[str, LowRank], *, label: str = "The adapter") -> None:
-        """Hang an adapter on the layers; it has no weight yet. Raises AdapterError, and then nothing was hung."""
-        places = {name: self._layer(name) for name in modules}
-        strangers = [name for name, layer in places.items() if layer is None]
-        count, base = len(strangers), self.base.id
-        if strangers and count == len(modules):
-            raise AdapterError("adapter.fits_nothing", path=label, count=count, base=base, name=strangers[0], own="another base")
-        if strangers:
-            raise AdapterError("adapter.unknown_layers", path=label, count=count, total=len(modules), base=base, name=strangers[0])
-        for name, module in modules.items():
-            self._check(label, name, module, places[name])
-        self.take(id)
-        self.ids.add(id)
-        for name, module in modules.items():
-            layer = places[name]
-            if layer not in self._parts:
-                self._parts[layer] = {}
-                layer.register_forward_hook(self._hook(self._parts[layer]))
-            A = module.A.T if module.kind == "embedding" else module.A
-            A, B = (tensor.to(self.device, module.dtype).contiguous() for tensor in (A, module.B))
-            self._parts[layer][id] = _Part(A, B, module.scale, module.kind == "embedding")
-
-    def take(self, id: str) -> None:
-        """Take an adapter off the layers."""
-        self.ids.discard(id)
-        for parts in self._parts.values():
-            parts.pop(id, None)
-
-    def _layer(self, name: str) -> torch.nn.Module | None:
-        """The layer an adapter means; checkpoints and models may differ in the first words of a name."""
-        if name in self.layers:
-            return self.layers[name]
-        words = name.split(".")
-        for cut in (1, 2):
-            end = ".".join(words[cut:])
-            found = [known for known in self.layers if end and (known == end or known.endswith("." + end))]
-            if len(found) == 1:
-                return self.layers[found[0]]
-        return None
-
-    def _check(self, label: str, name: str, module: LowRank, layer: torch.nn.Module) -> None:
-        kind = type(layer)
-        if isinstance(layer, torch.nn.Linear | Conv1D) and module.kind == "linear":
-            there = (layer.out_features, layer.in_features) if isinstance(layer, torch.nn.Linear) else (layer.nf, layer.nx)
-        elif kind is torch.nn.Embedding and module.kind == "embedding":
-            there = tuple(layer.weight.shape)
-        else:
-            raise AdapterError("bench.layer", path=label, name=name, here=module.kind, there=kind.__name__)
-        if module.shape != there:
-            raise AdapterError(
-                "adapter.other_shapes", path=label, name=name, here=list(module.shape), there=list(there), base=self.base.id, count=1, own="another base"
-            )
-
-    def _hook(self, parts: dict[str, "_Part"]):
-        def add(_layer, given, output):
-            update = None
-            for id, weight in self.active:
-                part = parts.get(id)
-                if part is not None:
-                    found = part.update(given[0], weight)
-                    update = found if update is None else update + found
-            return None if update is None else (output + update).to(output.dtype)
-
-        return add
-
-    @contextmanager
-    def using(self, weights: dict[str, float]) -> Iterator[None]:
-        """Give adapters their weights for a while. What is not named has none. Raises BlendError."""
-        for weight in weights.values():
-            if not _is_number(weight) or not abs(weight) <= WEIGHT_LIMIT:
-                raise BlendError("blend.weight", weight=repr(weight)[:40], limit=f"{WEIGHT_LIMIT:,.0f}")
-        missing = set(weights) - self.ids
-        if missing:
-            raise KeyError(f"not on the shelf: {sorted(missing)}")
-        before, self.active = self.active, tuple((id, weight) for id, weight in weights.items() if weight)
-        try:
-            yield
-        finally:
-            self.active = before
 
     # ---- answers
 
@@ -239,21 +140,6 @@ class Shelf:
     def _context(self) -> int | None:
         config = self.model.config.get_text_config()
         return getattr(config, "max_position_embeddings", None)
-
-
-@dataclass(frozen=True)
-class _Part:
-    """One adapter on one layer, on the device. An embedding's A is kept as a table, (vocabulary, r)."""
-
-    A: torch.Tensor
-    B: torch.Tensor
-    scale: float
-    is_embedding: bool
-
-    def update(self, given: torch.Tensor, weight: float) -> torch.Tensor:
-        """`weight · scale · B · A · x`; the factor goes to the narrowest place."""
-        inner = functional.embedding(given, self.A) if self.is_embedding else functional.linear(given.to(self.A.dtype), self.A)
-        return functional.linear(inner * (weight * self.scale), self.B)
 
 
 def _listed(value) -> list:

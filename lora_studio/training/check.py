@@ -1,14 +1,18 @@
-"""What can be said of a run's rows before it starts: as tokens, against the limits, under the chat template. Loads no weights."""
+"""What can be said of a run's rows before it starts: as tokens, against the limits, under the chat template; of pictures, whether each
+can be decoded to its last byte. Loads no weights."""
 
-from lora_studio import rows
+from lora_studio import pictures, rows
 from lora_studio.bases import fetch, inspect
 from lora_studio.errors import Problem, StudioError
+from lora_studio.home import home
 from lora_studio.spec import TrainSpec
 from lora_studio.training import encode, order
 
 
 def check(spec: TrainSpec) -> dict:
     """What the rows of a spec look like as tokens, and what stands in the way: {facts, problems}. Loads no weights."""
+    if spec.task.kind == "image":
+        return check_pictures(spec)
     problems: list[Problem] = []
     facts: dict[str, object] = {}
     try:
@@ -29,6 +33,28 @@ def check(spec: TrainSpec) -> dict:
     return {"facts": facts, "problems": [vars(problem) for problem in problems]}
 
 
+def check_pictures(spec: TrainSpec) -> dict:
+    """Decode every picture of a spec: {facts, problems}."""
+    from lora_studio.training import image
+
+    problems: list[Problem] = []
+    facts: dict[str, object] = {}
+    try:
+        info = inspect(spec.base)
+        found = pictures.collect(spec, cache=home() / "cache" / "archives")
+        train, held_out = image.hold_out(spec, found)
+        counts, repeats = tuple(map(len, train)), tuple(one.repeats for one in found)
+        plan = order.Plan(counts, repeats, spec.schedule.batch_size, spec.schedule.accumulate, spec.compute.seed)
+        steps = spec.schedule.steps or plan.steps(spec.schedule.epochs)
+        facts = {"rows_train": sum(counts), "rows_validation": len(held_out), "steps": steps, "targets": info.targets(spec.method.targets)}
+        for one in found:
+            if one.skipped:
+                problems.append(Problem("data", f"{one.source.path}: left out are {one.skipped_in_words()}.", "warning"))
+    except StudioError as error:
+        problems.append(Problem(_field_of(error.key), str(error)))
+    return {"facts": facts, "problems": [vars(problem) for problem in problems]}
+
+
 def _field_of(key: str) -> str:
-    return {"base": "base.id", "data": "data"}.get(key.partition(".")[0], "")
+    return {"base": "base.id", "data": "data", "picture": "data"}.get(key.partition(".")[0], "")
 

@@ -9,11 +9,18 @@ import torch
 from lora_studio import durable, library, runs
 from lora_studio.errors import TrainingError
 from lora_studio.spec import to_tree
-from lora_studio.training import checkpoint, loop, text
+from lora_studio.training import checkpoint, loop
 from lora_studio.training.methods import METHODS
 from lora_studio.workspace import Workspace
 
-TASKS = {"chat": text.TextTask, "prompt_completion": text.TextTask, "text": text.TextTask}
+
+def task_class(kind: str):
+    """The task of that kind. Loaded when it is needed: language and image models have large libraries of their own."""
+    if kind == "image":
+        from lora_studio.training.image import ImageTask as found
+    else:
+        from lora_studio.training.text import TextTask as found
+    return found
 
 
 def train(folder: Path, desk: loop.Desk) -> None:
@@ -28,7 +35,7 @@ def train(folder: Path, desk: loop.Desk) -> None:
         if first:
             desk.emit("note", text=sentence)
 
-    task = TASKS[spec.task.kind](spec, device=device, note=note)
+    task = task_class(spec.task.kind)(spec, device=device, note=note, folder=folder)
     model = task.load()
     method = METHODS[spec.method.kind]
     targets = task.parts(model)
@@ -71,6 +78,7 @@ def _start_facts(trainer: loop.Trainer, task, targets: list[str], fast: str, dev
         "precision": str(task.dtype).removeprefix("torch."),
         "targets": targets,
         "fast": fast,
+        "unit": task.unit,
     }
 
 

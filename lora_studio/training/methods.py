@@ -11,6 +11,7 @@ import peft
 import torch
 from safetensors.torch import save
 
+from lora_studio.adapters import pipeline_files
 from lora_studio.errors import BaseModelError
 from lora_studio.spec import TrainSpec
 from lora_studio.training import optim, order
@@ -45,7 +46,7 @@ def attach_lora(model: torch.nn.Module, spec: TrainSpec, targets: list[str]) -> 
         target_modules=list(targets),
         use_rslora=method.rslora,
         init_lora_weights=True if method.init == "kaiming" else "gaussian",
-        task_type="CAUSAL_LM",
+        task_type=None if spec.task.kind == "image" else "CAUSAL_LM",
     )
     torch.manual_seed(order.key(spec.compute.seed, "init"))
     try:
@@ -67,9 +68,12 @@ def group_parameters(model: torch.nn.Module, spec: TrainSpec) -> list[dict]:
 
 def finish_peft(model: peft.PeftModel, spec: TrainSpec) -> dict[str, bytes]:
     """The files of a PEFT folder: the adapter in fp32 safetensors, and its configuration with sorted keys."""
-    tensors = peft.get_peft_model_state_dict(model, adapter_name=ADAPTER)
+    # "auto" would look for the base's configuration to see whether its embeddings grew, which they never do here.
+    tensors = peft.get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
     config = model.peft_config[ADAPTER].to_dict()
     config["inference_mode"] = True
+    if spec.task.kind == "image":
+        config["auto_mapping"] = pipeline_files.made_for(model.get_base_model())
     return {
         "adapter_model.safetensors": save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"format": "pt"}),
         "adapter_config.json": (json.dumps(config, indent=2, sort_keys=True, default=_plain) + "\n").encode(),

@@ -33,7 +33,9 @@ class Batch:
 class TextTask:
     """A causal language model and its rows, as the loop asks for them."""
 
-    def __init__(self, spec: TrainSpec, *, device: str, note: Callable[[str], None]):
+    unit = "tokens"
+
+    def __init__(self, spec: TrainSpec, *, device: str, note: Callable[[str], None], folder: Path | None = None):
         self.spec, self.device, self.note = spec, torch.device(device), note
         self.dtype = choose_dtype(spec.compute.precision, device)
         self.fast = False

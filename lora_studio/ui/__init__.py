@@ -121,6 +121,8 @@ def serve(*, host: str = "127.0.0.1", port: int = 7860, block: bool = True):
     )
     app.add_api_route("/studio/adapter/{id}", lambda id: _download(lambda place: studio.adapter_archive(workspace, id, place)), methods=["GET"])
     app.add_api_route("/studio/library/{id}", lambda id: _download(lambda place: shelf.archive(workspace, id, place)), methods=["GET"])
+    app.add_api_route("/studio/sample/{id}/{name}", lambda id, name: _picture(lambda: studio.sample(workspace, id, name)), methods=["GET"])
+    app.add_api_route("/studio/picture/{name}", lambda name: _picture(lambda: studio.picture(workspace, name)), methods=["GET"])
     if block:
         pages.block_thread()
     return pages
@@ -135,6 +137,14 @@ def _download(pack) -> Response:
         shutil.rmtree(place, ignore_errors=True)
         return PlainTextResponse(str(error), status_code=404)
     return FileResponse(archive, filename=archive.name, media_type="application/zip", background=BackgroundTask(shutil.rmtree, place, True))
+
+
+def _picture(find) -> Response:
+    """A picture, which never changes under its name."""
+    try:
+        return FileResponse(find(), media_type="image/png", headers={"Cache-Control": "private, max-age=86400, immutable"})
+    except StudioError as error:
+        return PlainTextResponse(str(error), status_code=404)
 
 
 def _pump_forever() -> None:

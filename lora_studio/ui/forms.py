@@ -47,6 +47,7 @@ def widget(path: str) -> gr.components.Component:
     """The widget of a setting, holding its default."""
     found = leaf(path)
     common = {"label": label(found), "info": found.help, "interactive": True, "elem_id": "field-" + path.replace(".", "-")}
+    common["visible"] = fits(found, leaf("task.kind").default)
     value = show(found, found.default)
     if path == "base.id":
         return gr.Dropdown(families.known_bases(), value=value, allow_custom_value=True, **common)
@@ -60,6 +61,16 @@ def widget(path: str) -> gr.components.Component:
         return gr.Textbox(value, lines=2, max_lines=8, **common)
     hint = "automatic" if found.optional and "null" in found.help else ("none" if found.optional else None)
     return gr.Textbox(value, placeholder=hint, max_lines=1, **common)
+
+
+def fits(found: Leaf, kind: str) -> bool:
+    """Whether a setting is one of a kind of task; settings of other groups always are."""
+    return found.group != "task" or not found.kinds or kind in found.kinds
+
+
+def adapt(form: Form, kind: str) -> dict:
+    """Updates that show the settings of a kind of task and hide those of the others."""
+    return {component: gr.update(visible=fits(leaf(path), kind)) for path, component in form.items() if leaf(path).kinds and leaf(path).group == "task"}
 
 
 def show(found: Leaf, value):

@@ -14,7 +14,7 @@ from lora_studio.ui.mix import LIVE, QUIET, Mix, Parts, tab_of
 from lora_studio.workspace import Workspace
 
 ANSWERS = """<div class="talk" aria-live="polite" aria-busy="{{value.busy}}">{{#each value.turns}}<article><p class="prompt">{{prompt}}</p>
-<div class="sides">{{#each answers}}<section data-side="{{side}}"><h4>{{label}}</h4><div class="text">{{text}}</div><footer>{{foot}}</footer></section>{{/each}}</div></article>
+<div class="sides">{{#each answers}}<section data-side="{{side}}"><h4>{{label}}</h4>{{#if picture}}<a href="{{picture}}" target="_blank"><img src="{{picture}}" alt="{{label}}"></a>{{else}}<div class="text">{{text}}</div>{{/if}}<footer>{{foot}}</footer></section>{{/each}}</div></article>
 {{/each}}{{#unless value.turns}}<p class="none">Write something below. All sides get the same prompt and the same seed.</p>{{/unless}}</div>"""
 ANSWERS_CSS = """
 .talk{display:flex;flex-direction:column;gap:14px;color:var(--body-text-color)}
@@ -25,6 +25,7 @@ ANSWERS_CSS = """
 .talk section{border:1px solid var(--border-color-primary);border-radius:10px;padding:8px 12px;background:var(--background-fill-primary);min-width:0;display:flex;flex-direction:column;gap:5px}
 .talk h4{margin:0;font-size:12px;font-weight:700;color:var(--color-accent);overflow-wrap:anywhere}
 .talk .text{white-space:pre-wrap;overflow-wrap:anywhere;font-size:14px;line-height:1.5;flex:1;min-height:1.5em}
+.talk img{width:100%;max-width:320px;border-radius:8px;display:block;margin:0}
 .talk footer{font-size:12px;color:var(--body-text-color-subdued);overflow-wrap:anywhere}
 """
 STATE = """<div class="state"><p aria-live="polite">{{value.bench}}</p>{{#if value.timing}}<p class="timing">{{value.timing}}</p>{{/if}}</div>"""
@@ -66,13 +67,21 @@ class Playground:
             self.sides_of([]), value=["base"], multiselect=True, max_choices=MOST_SIDES, label="Sides to show", interactive=True,
             info=f"At most {MOST_SIDES}, next to each other.", elem_id="playground-sides",
         )  # fmt: skip
-        with gr.Accordion("How answers are drawn", open=False):
+        with gr.Accordion("How answers are drawn", open=False) as self.words:
             with gr.Row():
                 self.seed = gr.Number(0, label="Seed", info="The same seed gives the same answer.", interactive=True, min_width=110)
                 self.longest = gr.Number(128, label="Longest answer", info="In tokens.", interactive=True, min_width=110)
             self.temperature = gr.Slider(0, 2, value=0, step=0.05, label="Temperature", info="0 takes the likeliest word each time.", interactive=True)
             self.top_p = gr.Slider(0.05, 1, value=1, step=0.05, label="Top p", info="Draw only from the likeliest words that together have this share.", interactive=True)
             self.chatml = gr.Checkbox(False, label="Use the ChatML template", info="For bases that have no chat template of their own.", interactive=True)
+        with gr.Accordion("How pictures are drawn", open=True, visible=False, elem_id="brush") as self.brush:
+            with gr.Row():
+                self.picture_seed = gr.Number(0, label="Seed", info="The same seed gives the same picture.", interactive=True, min_width=110)
+                self.steps = gr.Number(20, label="Steps", info="More is finer and slower.", interactive=True, min_width=110)
+            self.guidance = gr.Slider(1, 15, value=5, step=0.5, label="Guidance", info="How closely the prompt is followed; 1 is not at all.", interactive=True)
+            with gr.Row():
+                self.width = gr.Number(512, label="Width", info="In pixels, a multiple of 8.", interactive=True, min_width=110)
+                self.height = gr.Number(512, label="Height", info="In pixels, a multiple of 8.", interactive=True, min_width=110)
         self.to_blend = gr.Button("Save this mix as a blend", size="md", elem_id="to-blend")
 
     def _right(self) -> None:
@@ -98,8 +107,13 @@ class Playground:
     @property
     def inputs(self) -> set:
         """What an answer depends on."""
-        settings = {self.seed, self.temperature, self.top_p, self.longest, self.chatml}
+        settings = {self.seed, self.temperature, self.top_p, self.longest, self.chatml, *self._brushes.values()}
         return {self.prompt, self.talk, self.base, self.sides, *settings, *self.mix.inputs}
+
+    @property
+    def _brushes(self) -> dict[str, gr.components.Component]:
+        """What a picture depends on, by the names the bench knows."""
+        return {"seed": self.picture_seed, "steps": self.steps, "guidance": self.guidance, "width": self.width, "height": self.height}
 
     @property
     def spoken(self) -> list:
@@ -107,6 +121,7 @@ class Playground:
         return [self.answers, self.talk, self.token, self.prompt, self.told, self.state, self.send, self.stop, self.clear]
 
     def _wire(self) -> None:
+        self.base.change(self.suit, self.base, [self.words, self.brush, self.width, self.height, self.guidance], **LIVE)
         self.mix.turn.change(self.follow, [self.base, self.sides, *self.mix.inputs], [self.base, self.sides], **LIVE)
         gr.on([self.send.click, self.prompt.submit], self.speak, self.inputs, self.spoken, trigger_mode="once", concurrency_limit=None, **QUIET)
         self.stop.click(self.stops.add, self.token, None, queue=False, **QUIET)
@@ -164,6 +179,12 @@ class Playground:
         """What the bench does, in words. Starts nothing."""
         return {"bench": bench_in_words(shelf.bench_status()), "timing": timing}
 
+    def suit(self, base) -> list:
+        """The settings that fit a base: of words, or of pictures in the size its family was trained at."""
+        edge = shelf.picture_edge(_text(base))
+        sizes = [gr.update(value=edge), gr.update(value=edge)] if edge else [gr.skip(), gr.skip()]
+        return [gr.update(visible=not edge), gr.update(visible=bool(edge)), *sizes, gr.update(value=families.guidance(_text(base)))]
+
     # ---- answers
 
     def speak(self, given: dict) -> Iterator[dict]:
@@ -174,18 +195,24 @@ class Playground:
                 raise BenchError("bench.nothing_asked")
             asked = self.asked(given[self.sides], self.mix.parts(*(given[component] for component in self.mix.inputs)))
             labels = {side: label for label, side in self.sides_of(list(asked.keys() - {"base", "all"}))} | {"all": "All together"}
-            turn = {"prompt": prompt, "answers": [{"side": side, "label": labels[side], "text": "", "foot": "", "lost": False} for side in asked]}
+            turn = {"prompt": prompt, "answers": [{"side": side, "label": labels[side], "text": "", "picture": "", "foot": "", "lost": False} for side in asked]}
             said = [*talk, turn]
             busy = {self.send: gr.update(interactive=False), self.stop: gr.update(interactive=True), self.clear: gr.update(interactive=False)}
             first = "Starting the bench…" if shelf.bench_status()["state"] in ("off", "starting") else "Asking the bench…"
             yield {self.answers: _shown(said), self.token: token, self.prompt: "", self.told: [], self.state: {"bench": first, "timing": ""}, **busy}
-            messages = {side: [*history(talk, side), {"role": "user", "content": prompt}] for side in asked}
-            events = shelf.chat(self.workspace, _text(given[self.base]), messages, asked, **self._manner(given))
+            events = self._asked_of(_text(given[self.base]), prompt, talk, asked, given)
             yield from self._listen(events, talk, turn, self._names(asked), token)
         except StudioError as error:
             yield self._broken(talk, turn, prompt, error)
         finally:
             self.stops.discard(token)
+
+    def _asked_of(self, base: str, prompt: str, talk: list, asked: dict[str, Parts], given: dict) -> Iterator[dict]:
+        """The events of what a base is asked: pictures of an image model, else words that go on with what each side has said."""
+        if shelf.picture_edge(base):
+            return shelf.draw(self.workspace, base, prompt, asked, **{name: whole(given[component]) for name, component in self._brushes.items()})
+        messages = {side: [*history(talk, side), {"role": "user", "content": prompt}] for side in asked}
+        return shelf.chat(self.workspace, base, messages, asked, **self._manner(given))
 
     def _manner(self, given: dict) -> dict:
         template = "chatml" if given[self.chatml] else "auto"
@@ -208,6 +235,11 @@ class Playground:
                 if event["event"] == "piece":
                     by_side[event["side"]]["text"] += event["text"]
                     state = {"bench": "Answering…", "timing": ""}
+                elif event["event"] == "step":
+                    by_side[event["side"]]["foot"] = f"step {event['step']} of {event['steps']}"
+                    state = {"bench": "Drawing…", "timing": ""}
+                elif event["event"] == "picture":
+                    by_side[event["side"]]["picture"] = f"/studio/picture/{Path(event['path']).name}"
                 elif event["event"] == "note":
                     told.append(theme.said("note", event["sentence"]))
                 elif event["event"] == "waiting":
@@ -220,8 +252,8 @@ class Playground:
         finally:
             events.close()
         for side, answer in by_side.items():
-            answer["foot"] = foot(ended["sides"][side], names) if ended else "stopped" if answer["text"] else "stopped before the first word"
-        timing = f"Weights applied in {ended['apply_ms']:.2f} ms, first word after {ended['first_ms']:.0f} ms." if ended else ""
+            answer["foot"] = foot(ended["sides"][side], names) if ended else "stopped" if answer["text"] or answer["picture"] else "stopped before the first word"
+        timing = f"Weights applied in {ended['apply_ms']:.2f} ms, first word after {ended['first_ms']:.0f} ms." if "apply_ms" in ended else ""
         yield {**self._settled([*talk, turn]), self.told: told, self.state: self.held(timing)}
 
     def _settled(self, said: list) -> dict:
@@ -231,7 +263,7 @@ class Playground:
 
     def _broken(self, talk: list, turn: dict | None, prompt: str, error: StudioError) -> dict:
         """The page after an error: the prompt is back, and what had been said of the answer stays to be read."""
-        kept = turn is not None and any(answer["text"] for answer in turn["answers"])
+        kept = turn is not None and any(answer["text"] or answer["picture"] for answer in turn["answers"])
         if kept:
             for answer in turn["answers"]:
                 answer |= {"lost": True, "foot": "broken off"}
@@ -255,6 +287,8 @@ def history(talk: list[dict], side: str) -> list[dict]:
 def foot(told: dict, names: dict[str, str]) -> str:
     """How an answer ended, and which adapters were on while it was spoken: what the bench reports, not what was asked for."""
     on = ", ".join(f"{names.get(path, Path(path).parent.name)} × {weight:g}" for path, weight in told["active"]) or "all adapters off"
+    if "path" in told:
+        return on
     count = told["tokens"]
     return f"{count} token{'' if count == 1 else 's'} · {ENDS.get(told['ended'], told['ended'])} · {on}"
 

@@ -28,12 +28,15 @@ element.addEventListener('click', event => { const run = event.target.closest('.
   const url = new URL(location); url.searchParams.set('run', run.dataset.id); history.replaceState(null, '', url);
   trigger('pick', {id: run.dataset.id}); });
 """
-SAMPLES = """<div class="samples">{{#each value}}<section><h4>{{prompt}}</h4><dl>{{#each answers}}<dt>step {{step}}</dt><dd>{{answer}}</dd>{{/each}}</dl></section>{{/each}}</div>"""
+SAMPLES = """<div class="samples">{{#each value}}<section class="{{kind}}"><h4>{{prompt}}</h4><dl>{{#each answers}}<dt>step {{step}}</dt><dd>{{#if picture}}<a href="{{picture}}" target="_blank"><img src="{{picture}}" alt="step {{step}}" loading="lazy"></a><small>step {{step}}</small>{{else}}{{answer}}{{/if}}</dd>{{/each}}</dl></section>{{/each}}</div>"""
 SAMPLES_CSS = """
 .samples{display:flex;flex-direction:column;gap:8px}
 .samples section{border:1px solid var(--border-color-primary);border-radius:8px;padding:8px 12px;background:var(--background-fill-primary)}
 .samples h4{margin:0 0 4px;font-size:13.5px;color:var(--body-text-color);overflow-wrap:anywhere}
 .samples dl{display:grid;grid-template-columns:max-content 1fr;gap:2px 12px;margin:0;font-size:13px}
+.samples section.pictures dl{grid-template-columns:repeat(auto-fill,minmax(96px,1fr))}
+.samples section.pictures dt{display:none}.samples section.pictures dd{display:flex;flex-direction:column}
+.samples img{width:100%;border-radius:6px;display:block;margin:0}.samples a{display:block}
 .samples dt{color:var(--body-text-color-subdued);font-weight:400;margin:0}.samples dd{margin:0;color:var(--body-text-color);overflow-wrap:anywhere}
 """
 QUIET = {"show_progress": "hidden", "api_visibility": "private"}
@@ -153,7 +156,7 @@ class Runs:
             listed,
             tiles_of(status, events),
             notes_of(status, events),
-            samples_of(events),
+            samples_of(events, status.id),
             studio.log(self.workspace, status.id, LOG_BYTES),
             gr.update(interactive=live),
             gr.update(interactive=status.state in ("stopped", "failed")),
@@ -222,13 +225,14 @@ def tiles_of(status: runs.Status, events: list[dict]) -> list[dict]:
     """The numbers of a run."""
     step = status.step_event or {}
     judged = [event["loss"] for event in events if event["kind"] == "eval" and event["step"]]
+    unit = next((event.get("unit") for event in events if event["kind"] == "started"), None) or "tokens"
     found = [
         ("state", status.state),
         ("step", f"{status.step} / {status.steps}" if status.steps else None),
         ("loss", f"{status.loss:.4f}" if status.loss is not None else None),
         ("best validation", f"{min(judged):.4f}" if judged else None),
         ("time left", duration(status.seconds_left) if status.seconds_left is not None else None),
-        ("tokens/s", f"{step['tokens_per_second']:,.0f}" if step else None),
+        (f"{unit}/s", f"{step['tokens_per_second']:,.{0 if unit == 'tokens' else 1}f}" if step else None),
         ("rate of A", f"{step['lr_A']:.2g}" if "lr_A" in step else None),
         ("rate of B", f"{step['lr_B']:.2g}" if "lr_B" in step else None),
         ("gradient norm", f"{step['grad_norm']:.3g}" if step else None),
@@ -261,10 +265,12 @@ def notes_of(status: runs.Status, events: list[dict]) -> list[dict]:
     return told[-8:]
 
 
-def samples_of(events: list[dict]) -> list[dict]:
-    """Sample answers by prompt, oldest first."""
+def samples_of(events: list[dict], id: str) -> list[dict]:
+    """Sample answers by prompt, oldest first; those of an image model are pictures."""
     answers: dict[str, list] = {}
     for event in events:
         if event["kind"] == "sample":
-            answers.setdefault(event["prompt"], []).append({"step": event["step"], "answer": event["answer"] or "(nothing)"})
-    return [{"prompt": prompt, "answers": found[-8:]} for prompt, found in answers.items()]
+            text = str(event["answer"])
+            picture = f"/studio/sample/{id}/{text}" if studio.SAMPLE.fullmatch(text) else ""
+            answers.setdefault(event["prompt"], []).append({"step": event["step"], "answer": text or "(nothing)", "picture": picture})
+    return [{"prompt": prompt, "kind": "pictures" if found[-1]["picture"] else "texts", "answers": found[-8:]} for prompt, found in answers.items()]

@@ -4,16 +4,19 @@ import json
 
 import gradio as gr
 
-from lora_studio import data, presets, settings, studio
+from lora_studio import data, presets, settings, shelf, studio
 from lora_studio.errors import SpecError, StudioError
 from lora_studio.spec import TrainSpec
 from lora_studio.ui import forms, theme
 from lora_studio.workspace import Workspace
 
-PREVIEW = """<div class="preview">{{#each value}}<article>{{#each turns}}<p><b>{{who}}</b> {{text}}</p>{{/each}}</article>{{/each}}</div>"""
+PREVIEW = """<div class="preview">{{#each value}}<article{{#if thumbnail}} class="picture"{{/if}}>{{#if thumbnail}}<img src="{{thumbnail}}" alt="">{{/if}}{{#each turns}}<p><b>{{who}}</b> {{text}}</p>{{/each}}</article>{{/each}}</div>"""
 PREVIEW_CSS = """
 .preview{display:flex;flex-direction:column;gap:8px}
 .preview article{border:1px solid var(--border-color-primary);border-radius:8px;padding:7px 11px;background:var(--background-fill-primary)}
+.preview:has(.picture){display:grid;grid-template-columns:repeat(auto-fill,minmax(120px,1fr))}
+.preview .picture{display:flex;flex-direction:column;gap:4px}.preview .picture b{display:block}
+.preview img{width:100%;border-radius:6px;object-fit:cover;aspect-ratio:1}
 .preview p{margin:2px 0;font-size:13px;line-height:1.4;color:var(--body-text-color);overflow-wrap:anywhere}
 .preview b{font-size:11px;color:var(--body-text-color-subdued);font-weight:400;display:inline-block;min-width:62px}
 """
@@ -44,11 +47,11 @@ class Train:
 
     def _left(self) -> forms.Form:
         form: forms.Form = {}
-        self.preset = gr.Dropdown([preset.name for preset in presets.available()], value=None, label="Preset", info="Fills the form. The demos train on any CPU in under a minute.", interactive=True)
+        self.preset = gr.Dropdown([preset.name for preset in presets.available()], value=None, label="Preset", info="Fills the form. The demos train on any CPU in a minute or two.", interactive=True)
         with gr.Row():
             form["name"], form["base.id"] = forms.widget("name"), forms.widget("base.id")
         self.data = gr.Dropdown(studio.data_choices(self.workspace), value=[], multiselect=True, allow_custom_value=True, label="Rows to train on", info="Pick, or type a path or a Hub data set.", interactive=True)
-        self.upload = gr.UploadButton("Upload rows: .jsonl .json .csv .tsv .parquet", file_types=list(data.SUFFIXES), file_count="multiple", size="sm")
+        self.upload = gr.UploadButton("Upload rows (.jsonl .json .csv .tsv .parquet) or a .zip of pictures", file_types=[*data.SUFFIXES, ".zip"], file_count="multiple", size="sm")
         form["task.kind"] = forms.widget("task.kind")
         with gr.Row():
             form["method.rank"], form["method.alpha"], form["optim.lr"] = (forms.widget(path) for path in ("method.rank", "method.alpha", "optim.lr"))
@@ -84,10 +87,14 @@ class Train:
         changes = [component.change for path, component in self.form.items()]
         gr.on(changes, **look)
         self.preset.input(self.fill, self.preset, [*self.form.values(), self.data, self.plus], **TYPED)
-        # Gradio tells no `input` of pasted text and of rows that were typed; `change` comes of what was filled in too, and then there is
-        # nothing to follow.
-        self.data.change(self.pick, {self.data, self.form["data"]}, self.form["data"], **TYPED)
-        self.form["data"].change(self.follow_sources, {self.data, self.form["data"]}, self.data, **TYPED)
+        # Each follows what a person does to the other, never its changes: those would come back as echoes. Gradio tells no `input` of
+        # rows that were typed and of text that was pasted; a key and leaving the field do.
+        picked, sources = {self.data, self.form["data"]}, self.form["data"]
+        gr.on([self.data.input, self.data.key_up, self.data.blur], self.pick, picked, sources, **TYPED)
+        gr.on([sources.input, sources.blur], self.follow_sources, picked, self.data, **TYPED)
+        kind, base = self.form["task.kind"], self.form["base.id"]
+        kind.change(lambda given: forms.adapt(self.form, given), kind, list(forms.adapt(self.form, "chat")), **TYPED)
+        base.change(self.suit, [base, kind], [kind, self.form["task.resolution"]], **TYPED)
         self.upload.upload(self.keep, {self.upload, self.form["data"]}, [self.data, self.form["data"]], api_visibility="private")
         self.plus.input(self.switch, {self.plus, self.form["optim.lr"], self.form["optim.lora_plus_ratio"]}, [self.form["optim.lr"], self.form["optim.lora_plus_ratio"]], **TYPED)
         self.check.click(self.look_deep, self.inputs, self.shown, show_progress="minimal", show_progress_on=self.problems, api_visibility="private", concurrency_limit=2)
@@ -135,6 +142,13 @@ class Train:
         sources += [{"path": path} for path in paths if path not in {source["path"] for source in sources}]
         shown = gr.update(value=[source["path"] for source in sources], choices=studio.data_choices(self.workspace))
         return shown, forms.show(forms.leaf("data"), sources)
+
+    def suit(self, base, kind: str) -> list:
+        """The kind of rows that fits a base: pictures, at the size its family was trained at, or words again."""
+        edge = shelf.picture_edge(str(base or "").strip())
+        if edge and kind != "image":
+            return ["image", str(edge)]
+        return ["chat" if edge == 0 and kind == "image" else gr.skip(), gr.skip()]
 
     def switch(self, given: dict):
         """LoRA+ on: a ratio of 16 and a lower base rate; off: the other way round."""
@@ -206,13 +220,14 @@ def _sources(text: str) -> list[dict]:
 
 def tiles_of(facts: dict) -> list[dict]:
     """The numbers of a report."""
-    rows = facts.get("rows_train", facts.get("rows"))
+    rows, sizes = facts.get("rows_train", facts.get("rows")), facts.get("sizes") or {}
     found = [
         ("rows to train on" if "rows_train" in facts else "rows", f"{rows:,}" if rows is not None else None),
         ("held out", f"{facts['rows_validation']:,}" if "rows_validation" in facts else None),
         ("trainable", count_in_words(facts["trainable"]) if facts.get("trainable") else None),
         ("model memory", studio.gigabytes(facts["memory_rows_full"]) if facts.get("memory_rows_full") else None),
         ("steps", f"{facts['steps']:,}" if "steps" in facts else None),
+        ("size" if len(sizes) == 1 else "sizes", next(iter(sizes)) if len(sizes) == 1 else str(len(sizes)) if sizes else None),
         ("longest row", f"{facts['longest']:,} tokens" if "longest" in facts else None),
         ("device", facts.get("device")),
     ]
@@ -233,7 +248,10 @@ def rates_in_words(spec: TrainSpec) -> str:
 def preview_of(rows: list[dict]) -> list[dict]:
     """Rows as turns: who, and the beginning of what is said."""
     shown = []
-    for row in rows[:6]:
+    for row in rows[:12]:
+        if "thumbnail" in row:
+            shown.append({"thumbnail": row["thumbnail"], "turns": [{"who": row["picture"], "text": row["caption"] or "(no caption)"}]})
+            continue
         turns = [(turn["role"], turn["content"]) for turn in row["messages"]] if "messages" in row else list(row.items())
         shown.append({"turns": [{"who": who, "text": text if len(text) <= 300 else text[:300] + " …"} for who, text in turns]})
     return json.loads(json.dumps(shown))

@@ -1,6 +1,7 @@
 """Kill a run at random instants, resume it, and compare the adapter with that of a run nobody disturbed.
 
     python -m tests.campaigns.kills --kills 50          the campaign: 50 kills of 60-step runs, each resumed to its end
+    python -m tests.campaigns.kills --kills 50 --image  the same with an image model, crops, flips and caption dropout on
 """
 
 import argparse
@@ -27,6 +28,17 @@ def settings(base: Path, rows: Path, *, steps: int) -> dict:
         validation={"size": 6, "every": 7},
         output={"checkpoint_every": 5, "sample_prompts": ["red fox?"], "sample_tokens": 4},
     )
+
+
+def image_settings(base: Path, rows: Path, *, steps: int) -> dict:
+    """An image run with everything on that draws at random: crops, flips, caption dropout, shuffled tags, noise, samples."""
+    task = {"kind": "image", "resolution": 32, "bucket_step": 8, "crop": "random", "flip": True, "caption_dropout": 0.3, "shuffle_tags": True}
+    return {
+        "name": "tiny", "base": {"id": str(base)}, "data": [{"path": str(rows)}], "task": {**task, "sample_steps": 2, "noise_offset": 0.05},
+        "method": {"rank": 2, "alpha": 4, "dropout": 0.2}, "schedule": {"steps": steps, "batch_size": 2, "accumulate": 2, "warmup": 3},
+        "validation": {"size": 3, "every": 7}, "compute": {"device": "cpu", "precision": "fp32", "threads": 1},
+        "output": {"checkpoint_every": 5, "sample_prompts": ["a red circle"], "sample_every": 20},
+    }  # fmt: skip
 
 
 def finish(workspace, id: str, *, seconds: float = 120) -> str:
@@ -105,6 +117,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--image", action="store_true")
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         os.environ["LORA_STUDIO_HOME"] = str(Path(place) / "home")
@@ -115,10 +128,13 @@ def campaign(place: Path, chosen) -> int:
     """`chosen.kills` kills; 0 when every resumed run equals the undisturbed one."""
     from lora_studio import studio, workspace
     from lora_studio.spec import parse
-    from tests import tiny
+    from tests import tiny, tiny_image
 
-    base, rows = tiny.write_base(place / "base"), tiny.write_rows(place / "rows.jsonl", count=40)
-    home, spec = workspace.local(), parse(settings(base, rows, steps=chosen.steps))
+    if getattr(chosen, "image", False):
+        tree = image_settings(tiny_image.write_pipeline(place / "base"), tiny_image.write_pictures(place / "pictures", size=(40, 32)), steps=chosen.steps)
+    else:
+        tree = settings(tiny.write_base(place / "base"), tiny.write_rows(place / "rows.jsonl", count=40), steps=chosen.steps)
+    home, spec = workspace.local(), parse(tree)
     whole = studio.start(home, spec)
     wait_for_start(home.run_folder(whole))
     began = time.monotonic()

@@ -1,0 +1,86 @@
+"""An image model with weighted adapters in memory, and its pictures. How adapters hang on a model is in hooks.py."""
+
+import inspect
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lora_studio import bases
+from lora_studio.errors import BenchError
+from lora_studio.inference.hooks import Hooks, is_number
+from lora_studio.spec import Base
+from lora_studio.training import pipelines
+from lora_studio.training.image_families import FAMILIES, drawn
+from lora_studio.training.samples import save_sample
+from lora_studio.training.text import choose_dtype
+
+
+@dataclass(frozen=True)
+class Brush:
+    """How a picture is drawn; width and height are in pixels."""
+
+    seed: int = 0
+    steps: int = 20
+    guidance: float = 5.0
+    width: int = 512
+    height: int = 512
+
+    def __post_init__(self):
+        rules = {
+            "seed": (isinstance(self.seed, int) and 0 <= self.seed < 2**63, "it must be a whole number from 0 on"),
+            "steps": (isinstance(self.steps, int) and 1 <= self.steps <= 1000, "it must be a whole number from 1 to 1000"),
+            "guidance": (is_number(self.guidance) and 1 <= self.guidance <= 100, "it must be a number from 1 to 100"),
+            "width": (_is_edge(self.width), "it must be a multiple of 8 from 32 to 4096"),
+            "height": (_is_edge(self.height), "it must be a multiple of 8 from 32 to 4096"),
+        }
+        for name, (is_right, rule) in rules.items():
+            if not is_right:
+                raise BenchError("bench.setting", name=name, value=repr(getattr(self, name))[:40], rule=rule)
+
+
+def _is_edge(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 32 <= value <= 4096 and value % 8 == 0
+
+
+class Easel(Hooks):
+    """One image model and any number of adapters on the part of it that is trained. Not safe for several threads at once."""
+
+    def __init__(self, base: Base, *, device: str = "cpu", precision: str = "auto"):
+        """Load the whole pipeline. Raises StudioError with the way out."""
+        logging.getLogger("diffusers").setLevel(logging.ERROR)
+        folder, info = bases.fetch(base), bases.inspect(base)
+        self.base, self.device, self.dtype = base, torch.device(device), choose_dtype(precision, device)
+        self.family = FAMILIES[info.pipeline]
+        part = pipelines.load_part(folder, self.family.component, self.dtype, base.id).eval()
+        self.pipeline = pipelines.load_pipeline(folder, info.pipeline, {self.family.component: part}, without=(), dtype=self.dtype)
+        self.pipeline.to(self.device)
+        self._tells_steps = "callback_on_step_end" in inspect.signature(self.pipeline.__call__).parameters
+        self.scheduler = lambda: pipelines.load_scheduler(folder)
+        super().__init__(part, base.id, self.device)
+
+    def draw(self, prompt: str, brush: Brush, target: Path, *, weights: dict[str, float], step: Callable[[int], None]) -> Path:
+        """Draw a picture into the folder `target`, its settings inside the file. `step` is told each step's number and may raise to stop.
+        The same model, prompt, brush and weights give the same picture. Returns the file."""
+        if not prompt.strip():
+            raise BenchError("bench.nothing_asked")
+
+        def after(_pipeline, number, _time, tensors):
+            step(number + 1)
+            return tensors
+
+        self.pipeline.scheduler = self.scheduler()  # a pipeline leaves its last table of steps behind
+        heard = {"callback_on_step_end": after} if self._tells_steps else {}
+        with self.using(weights), torch.inference_mode():
+            asked = self.family.ask(*self.family.embed(self.pipeline, [prompt, ""])) | self.family.guide(brush.guidance)
+            found = drawn(
+                self.pipeline(
+                    **asked, **heard, num_inference_steps=brush.steps, width=brush.width, height=brush.height,
+                    generator=torch.Generator().manual_seed(brush.seed),
+                )
+            )  # fmt: skip
+        facts = {"prompt": prompt, "base": self.base.id, **vars(brush)}
+        target.mkdir(parents=True, exist_ok=True)
+        return target / save_sample(target, found, facts)

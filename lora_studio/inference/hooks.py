@@ -1,0 +1,133 @@
+"""Weighted adapters on the layers of a model: `W0·x + Σ w_t·s_t·B_t·(A_t·x)`, with other weights for every forward pass.
+
+The adapters hang on the base's layers as hooks and are never merged into it. A hook computes in the dtype of its factors (fp32 or
+wider), adds to the layer's output and rounds once; with nothing active it returns the output untouched, so that a bare answer is the
+base's own, bit for bit. The active weights are set around each forward pass and taken away after it, so several answers with
+different weights can be given in turns.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from lora_studio.blend import WEIGHT_LIMIT
+from lora_studio.errors import AdapterError, BlendError
+from lora_studio.lowrank import LowRank
+
+
+class Hooks:
+    """Any number of adapters on the layers of one model. Not safe for several threads at once."""
+
+    def __init__(self, model: torch.nn.Module, base: str, device: torch.device):
+        self.id, self.device = base, device
+        self.layers = dict(model.named_modules())
+        self.ids: set[str] = set()
+        self.active: tuple[tuple[str, float], ...] = ()
+        self._parts: dict[torch.nn.Module, dict[str, _Part]] = {}
+
+    def put(self, id: str, modules: dict[str, LowRank], *, label: str = "The adapter") -> None:
+        """Hang an adapter on the layers; it has no weight yet. Raises AdapterError, and then nothing was hung."""
+        places = {name: self._layer(name) for name in modules}
+        strangers = [name for name, layer in places.items() if layer is None]
+        count, base = len(strangers), self.id
+        if strangers and count == len(modules):
+            raise AdapterError("adapter.fits_nothing", path=label, count=count, base=base, name=strangers[0], own="another base")
+        if strangers:
+            raise AdapterError("adapter.unknown_layers", path=label, count=count, total=len(modules), base=base, name=strangers[0])
+        for name, module in modules.items():
+            self._check(label, name, module, places[name])
+        self.take(id)
+        self.ids.add(id)
+        for name, module in modules.items():
+            layer = places[name]
+            if layer not in self._parts:
+                self._parts[layer] = {}
+                layer.register_forward_hook(self._hook(self._parts[layer]))
+            A = module.A.T if module.kind == "embedding" else module.A
+            A, B = (tensor.to(self.device, module.dtype).contiguous() for tensor in (A, module.B))
+            self._parts[layer][id] = _Part(A, B, module.scale, module.kind)
+
+    def take(self, id: str) -> None:
+        """Take an adapter off the layers."""
+        self.ids.discard(id)
+        for parts in self._parts.values():
+            parts.pop(id, None)
+
+    def _layer(self, name: str) -> torch.nn.Module | None:
+        """The layer an adapter means; checkpoints and models may differ in the first words of a name."""
+        if name in self.layers:
+            return self.layers[name]
+        words = name.split(".")
+        for cut in (1, 2):
+            end = ".".join(words[cut:])
+            found = [known for known in self.layers if end and (known == end or known.endswith("." + end))]
+            if len(found) == 1:
+                return self.layers[found[0]]
+        return None
+
+    def _check(self, label: str, name: str, module: LowRank, layer: torch.nn.Module) -> None:
+        kind = type(layer)
+        if isinstance(layer, torch.nn.Linear | Conv1D) and module.kind == "linear":
+            there = (layer.out_features, layer.in_features) if isinstance(layer, torch.nn.Linear) else (layer.nf, layer.nx)
+        elif (isinstance(layer, torch.nn.Conv2d) and module.kind == "conv" and layer.groups == 1) or (kind is torch.nn.Embedding and module.kind == "embedding"):
+            there = tuple(layer.weight.shape)
+        else:
+            raise AdapterError("bench.layer", path=label, name=name, here=module.kind, there=kind.__name__)
+        if module.shape != there:
+            raise AdapterError(
+                "adapter.other_shapes", path=label, name=name, here=list(module.shape), there=list(there), base=self.id, count=1, own="another base"
+            )
+
+    def _hook(self, parts: dict[str, "_Part"]):
+        def add(layer, given, output):
+            update = None
+            for id, weight in self.active:
+                part = parts.get(id)
+                if part is not None:
+                    found = part.update(layer, given[0], weight)
+                    update = found if update is None else update + found
+            return None if update is None else (output + update).to(output.dtype)
+
+        return add
+
+    @contextmanager
+    def using(self, weights: dict[str, float]) -> Iterator[None]:
+        """Give adapters their weights for a while. What is not named has none. Raises BlendError."""
+        for weight in weights.values():
+            if not is_number(weight) or not abs(weight) <= WEIGHT_LIMIT:
+                raise BlendError("blend.weight", weight=repr(weight)[:40], limit=f"{WEIGHT_LIMIT:,.0f}")
+        missing = set(weights) - self.ids
+        if missing:
+            raise KeyError(f"not on the shelf: {sorted(missing)}")
+        before, self.active = self.active, tuple((id, weight) for id, weight in weights.items() if weight)
+        try:
+            yield
+        finally:
+            self.active = before
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One adapter on one layer, on the device. An embedding's A is kept as a table, (vocabulary, r)."""
+
+    A: torch.Tensor
+    B: torch.Tensor
+    scale: float
+    kind: str
+
+    def update(self, layer: torch.nn.Module, given: torch.Tensor, weight: float) -> torch.Tensor:
+        """`weight · scale · B · A · x`; the factor goes to the narrowest place. A convolution's A steps as the layer does, its B is 1×1."""
+        if self.kind == "conv":
+            how = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
+            return functional.conv2d(functional.conv2d(given.to(self.A.dtype), self.A, **how) * (weight * self.scale), self.B)
+        inner = functional.embedding(given, self.A) if self.kind == "embedding" else functional.linear(given.to(self.A.dtype), self.A)
+        return functional.linear(inner * (weight * self.scale), self.B)
+
+
+def is_number(value) -> bool:
+    """Whether a value is a number; True and False are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
