@@ -104,6 +104,9 @@ def _check_pictures(spec: TrainSpec, report: Report) -> None:
     total, sizes = 0, Counter()
     for index, source in enumerate(spec.data):
         try:
+            if not isinstance(pictures.locate(source.path), Path):
+                report.add(f"data.{index}", f"{source.path} will be fetched from the Hub when the run starts.", "note")
+                continue
             found = pictures.collect(spec.model_copy(update={"data": [source]}), cache=home() / "cache" / "archives", limit=LIGHT_ROWS, decode=False)
         except StudioError as error:
             report.add(f"data.{index}", error)

@@ -14,6 +14,6 @@ from lora_studio.pictures.buckets import bucket
 from lora_studio.pictures.captions import caption
 from lora_studio.pictures.decoding import load, load_mask
 from lora_studio.pictures.picture import Picture, Pictures, fingerprint
-from lora_studio.pictures.sources import collect
+from lora_studio.pictures.sources import collect, locate
 
-__all__ = ["Picture", "Pictures", "bucket", "caption", "collect", "fingerprint", "load", "load_mask"]
+__all__ = ["Picture", "Pictures", "bucket", "caption", "collect", "fingerprint", "load", "load_mask", "locate"]

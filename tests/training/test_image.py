@@ -159,5 +159,13 @@ def test_a_language_model_and_an_image_model_are_told_apart(workspace, base, fol
     assert any("is an image model, and task.kind is chat" in problem.sentence for problem in told.problems) and not told.can_start
 
 
+def test_looking_at_a_form_fetches_no_data_set_of_the_hub(workspace, base, monkeypatch):
+    from lora_studio import pictures, preflight
+
+    monkeypatch.setattr(pictures.sources.hub_sets, "fetch", lambda *_, **__: pytest.fail("it was fetched"))
+    told = preflight.preflight(workspace, parse(tree(base, "someone/pictures")))
+    assert any("someone/pictures will be fetched from the Hub" in problem.sentence for problem in told.problems) and told.can_start
+
+
 def test_the_task_is_made_for_its_kind():
     assert job.task_class("image") is image.ImageTask and job.task_class("chat").__name__ == "TextTask"
