@@ -167,3 +167,21 @@ def test_words_for_the_bench_and_for_the_foot():
     assert foot({"tokens": 1, "ended": "longest", "active": []}, {}) == "1 token · cut at the longest answer · all adapters off"
     assert foot({"tokens": 2, "ended": "end", "active": [["/x/adapter", -0.5]]}, {"/x/adapter": "pirate"}) == "2 tokens · ended by itself · pirate × -0.5"
     assert [whole(value) for value in (3.0, 2, 1.5, None)] == [3, 2, 1.5, None]
+
+
+def test_an_image_model_draws_with_settings_of_its_own(page, workspace):
+    from lora_studio import studio
+
+    words, brush, width, height, guidance = page.suit("demo-image")
+    assert (words["visible"], brush["visible"], width["value"], height["value"], guidance["value"]) == (False, True, 64, 64, 2.0)
+    assert [update["visible"] for update in page.suit("demo-text")[:2]] == [True, False]
+    brushes = {page.picture_seed: 0, page.steps: 2, page.guidance: 2.0, page.width: 64, page.height: 64}
+    found = {}
+    for update in page.speak(asking(page, "a red star", base="demo-image") | brushes):
+        found |= update
+    (answer,) = found[page.talk][-1]["answers"]
+    assert answer["foot"] == "all adapters off" and not answer["text"]
+    assert studio.picture(workspace, answer["picture"].rpartition("/")[2]).is_file()
+    for update in page.speak(asking(page, "a red star", base="demo-image") | {**brushes, page.width: 33}):
+        found |= update
+    assert "width is 33, but it must be a multiple of 8" in found[page.told][0]["sentence"] and found[page.prompt] == "a red star"
