@@ -123,18 +123,12 @@ def hold_out(spec: TrainSpec, collected: list[rows.Rows]) -> tuple[list[list[tup
     """(item, place) pairs to train on per source, and those held out: the same ones for the same rows and seed, and no
     row that is held out is trained on, not even its double."""
     pool = [(source, item, place) for source, found in enumerate(collected) for item, place in zip(found.items, found.places)]
-    size = spec.validation.size
-    count = min(spec.validation.limit, round(len(pool) * size)) if size < 1 else int(size)
-    if size and count == 0:
-        count = 1 if len(pool) > 1 else 0
-    if size and (len(pool) < 2 or count >= len(pool)):
-        raise DataError("data.too_few", rows=len(pool))
-    ranked = sorted(range(len(pool)), key=lambda index: order.key(spec.compute.seed, "hold out", rows.fingerprint(pool[index][1]), index))
-    chosen = set(ranked[:count])
-    prints = {rows.fingerprint(pool[index][1]) for index in chosen}
+    found = [rows.fingerprint(item) for _, item, _ in pool]
+    chosen = order.held_out(found, size=spec.validation.size, limit=spec.validation.limit, seed=spec.compute.seed)
+    prints = {found[index] for index in chosen}
     train: list[list[tuple]] = [[] for _ in collected]
     for index, (source, item, place) in enumerate(pool):
-        if index not in chosen and rows.fingerprint(item) not in prints:
+        if index not in chosen and found[index] not in prints:
             train[source].append((item, place))
     return train, [pool[index][1:] for index in sorted(chosen)]
 

@@ -211,14 +211,9 @@ def hold_out(spec: TrainSpec, collected: list[pictures.Pictures]) -> tuple[list[
     """The pictures of each source to train on, and those held out with their source: the same for the same pictures and seed, and none
     that is held out is trained on, not even its double. Raises DataError."""
     pool = [(source, picture) for source, found in enumerate(collected) for picture in found.items]
-    size = spec.validation.size
-    count = min(spec.validation.limit, round(len(pool) * size)) if size < 1 else int(size)
-    if size and count == 0:
-        count = 1 if len(pool) > 1 else 0
-    if size and (len(pool) < 2 or count >= len(pool)):
-        raise DataError("data.too_few", rows=len(pool))
-    ranked = sorted(range(len(pool)), key=lambda index: order.key(spec.compute.seed, "hold out", pool[index][1].digest, index))
-    chosen = set(ranked[:count])
+    chosen = order.held_out(
+        [picture.digest for _, picture in pool], size=spec.validation.size, limit=spec.validation.limit, seed=spec.compute.seed
+    )
     digests = {pool[index][1].digest for index in chosen}
     train: list[list] = [[] for _ in collected]
     for index, (source, picture) in enumerate(pool):

@@ -5,11 +5,24 @@ import math
 import random
 from dataclasses import dataclass
 
+from lora_studio.errors import DataError
+
 
 def key(*parts) -> int:
     """A 63-bit number that depends on all parts and on nothing else."""
     text = "/".join(map(str, parts)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
+
+
+def held_out(prints: list[str], *, size: float, limit: int, seed: int) -> set[int]:
+    """Which rows are held out of training: `size` of them (below 1 a share, at most `limit`), the same ones for the same rows and seed.
+    `prints` is what each row is known by. Raises DataError when too few would be left."""
+    count = min(limit, round(len(prints) * size)) if size < 1 else int(size)
+    if size and count == 0:
+        count = 1 if len(prints) > 1 else 0
+    if size and (len(prints) < 2 or count >= len(prints)):
+        raise DataError("data.too_few", rows=len(prints))
+    return set(sorted(range(len(prints)), key=lambda index: key(seed, "hold out", prints[index], index))[:count])
 
 
 @dataclass(frozen=True)
