@@ -120,7 +120,9 @@ class Blend:
             self.exact = gr.Button("Exact", size="sm", min_width=80)
             self.ranks = [gr.Button("", size="sm", visible=False, min_width=110, elem_id=f"blend-rank-{number}") for number in range(len(SUGGESTED))]
         self.save = gr.Button("Save blend", variant="primary", size="lg", elem_id="blend-save")
-        self.told = theme.sentences(elem_id="blend-sentences")
+        # Two, so that a preview that was under way does not take away what came of saving.
+        with gr.Column(elem_id="blend-sentences"):
+            self.kept, self.told = theme.sentences(), theme.sentences()
         with gr.Row():
             self.talk = gr.Button("Talk to it", size="md", min_width=90, elem_id="blend-talk")
             self.to_library = gr.Button("Show in library", size="md", interactive=False, min_width=90, elem_id="blend-to-library")
@@ -147,8 +149,8 @@ class Blend:
             button.click(self._suggestion(number), self.suggested, self.rank, **QUIET)
         self.curve.pick(self.point, None, self.rank, **QUIET)
         self.save.click(
-            self.keep, [self.name, self.rank, *self.mix.inputs], [self.told, self.saved, self.to_library, self.to_publish, self.mix.pick],
-            show_progress="minimal", show_progress_on=self.told, api_visibility="private", concurrency_limit=None,
+            self.keep, [self.name, self.rank, *self.mix.inputs], [self.kept, self.saved, self.to_library, self.to_publish, self.mix.pick],
+            show_progress="minimal", show_progress_on=self.kept, api_visibility="private", concurrency_limit=None,
         )  # fmt: skip
 
     def connect(self, tabs, playground, library_page, publish) -> None:
