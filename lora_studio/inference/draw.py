@@ -52,7 +52,9 @@ class Easel(Hooks):
         """Load the whole pipeline. Raises StudioError with the way out."""
         logging.getLogger("diffusers").setLevel(logging.ERROR)
         folder, info = bases.fetch(base), bases.inspect(base)
-        self.base, self.device, self.dtype = base, torch.device(device), choose_dtype(precision, device)
+        # On a processor a picture is drawn in fp32, as the stock pipeline draws it.
+        self.dtype = choose_dtype("fp32" if precision == "auto" and device == "cpu" else precision, device)
+        self.base, self.device = base, torch.device(device)
         self.family = FAMILIES[info.pipeline]
         part = pipelines.load_part(folder, self.family.component, self.dtype, base.id).eval()
         self.pipeline = pipelines.load_pipeline(folder, info.pipeline, {self.family.component: part}, without=(), dtype=self.dtype)
