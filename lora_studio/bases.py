@@ -189,6 +189,16 @@ def _count(shape: list[int]) -> int:
     return total
 
 
+def digest_ends(digest, file: Path, name: str) -> None:
+    """Add to a hash what tells a file from others at little cost: its name and size, its first and its last megabyte."""
+    size = file.stat().st_size
+    digest.update(f"{name}:{size}".encode())
+    with open(file, "rb") as handle:
+        digest.update(handle.read(1 << 20))
+        handle.seek(max(0, size - (1 << 20)))
+        digest.update(handle.read())
+
+
 def fetch(base: Base, *, token: str | None = None) -> Path:
     """The folder of a base, fetched from the Hub when it is not here. Raises BaseModelError with the way out."""
     folder = locate(base)

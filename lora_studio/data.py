@@ -213,12 +213,18 @@ def _parquet_rows(file: Path, limit: int | None) -> list[dict]:
 
 
 def _hub_rows(source: Source, limit: int | None) -> list[dict]:
-    """The rows of a Hub data set, through the datasets library (which runs no code of the repository)."""
+    """The rows of a Hub data set."""
+    found = load_hub(source)
+    return list(found if limit is None else found.select(range(min(limit, len(found)))))
+
+
+def load_hub(source: Source):
+    """A Hub data set, through the datasets library (which runs no code of the repository). Raises DataError."""
     import datasets
     import huggingface_hub.errors as hub
 
     try:
-        found = datasets.load_dataset(source.path, source.subset, split=source.split, revision=source.revision)
+        return datasets.load_dataset(source.path, source.subset, split=source.split, revision=source.revision)
     except ValueError as error:
         splits = re.search(r"Should be one of (.*)", str(error))
         if splits:
@@ -229,7 +235,6 @@ def _hub_rows(source: Source, limit: int | None) -> list[dict]:
         raise DataError("data.hub", path=source.path, reason=reason) from None
     except (datasets.exceptions.DatasetsError, hub.HfHubHTTPError, OSError) as error:
         raise DataError("data.hub", path=source.path, reason=_first_line(error)) from None
-    return list(found if limit is None else found.select(range(min(limit, len(found)))))
 
 
 def _first_line(error: Exception) -> str:

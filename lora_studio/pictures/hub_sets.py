@@ -2,9 +2,9 @@
 
 import hashlib
 import json
-import re
 from pathlib import Path
 
+from lora_studio import data
 from lora_studio.errors import DataError, MachineError
 from lora_studio.pictures import staging
 from lora_studio.pictures.labels import CAPTIONS, MASKS, METADATA
@@ -20,7 +20,7 @@ def fetch(source: Source, cache: Path, *, limit: int | None = None) -> Path:
     """
     import datasets
 
-    found = _loaded(source)
+    found = data.load_hub(source)
     columns = _columns(found, source)
     rows = min(number for number in (limit, source.cap, len(found)) if number is not None)
     if rows == 0:
@@ -35,25 +35,6 @@ def fetch(source: Source, cache: Path, *, limit: int | None = None) -> Path:
         return staging.publish(target, lambda folder: _write(found.select(range(rows)), columns, folder, source))
     except OSError as error:
         raise MachineError("machine.write", path=cache, reason=error.strerror or str(error)) from None
-
-
-def _loaded(source: Source):
-    """The data set, through the datasets library (which runs no code of the repository). Raises DataError."""
-    import datasets
-    import huggingface_hub.errors as hub
-
-    try:
-        return datasets.load_dataset(source.path, source.subset, split=source.split, revision=source.revision)
-    except ValueError as error:
-        splits = re.search(r"Should be one of (.*)", str(error))
-        if splits:
-            raise DataError("data.no_split", path=source.path, split=source.split, known=splits[1][:200]) from None
-        raise DataError("data.hub", path=source.path, reason=_first_line(error)) from None
-    except (datasets.exceptions.DatasetNotFoundError, FileNotFoundError, hub.RepositoryNotFoundError):
-        reason = "it is not there, or your account may not see it (sign in with `hf auth login`)"
-        raise DataError("data.hub", path=source.path, reason=reason) from None
-    except (datasets.exceptions.DatasetsError, hub.HfHubHTTPError, OSError) as error:
-        raise DataError("data.hub", path=source.path, reason=_first_line(error)) from None
 
 
 def _columns(found, source: Source) -> dict[str, str]:

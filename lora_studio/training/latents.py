@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lora_studio import pictures
+from lora_studio import bases, pictures
 from lora_studio.training import pipelines
 
 BATCH = 8
@@ -82,12 +82,7 @@ def print_of(base: Path, parts: tuple[str, ...]) -> str:
     digest = hashlib.sha256()
     for folder in sorted(path for path in base.iterdir() if path.is_dir() and path.name.startswith(parts)):
         for file in sorted(folder.iterdir()):
-            size = file.stat().st_size
-            digest.update(f"{folder.name}/{file.name}:{size}".encode())
-            with open(file, "rb") as handle:
-                digest.update(handle.read(1 << 20))
-                handle.seek(max(0, size - (1 << 20)))
-                digest.update(handle.read())
+            bases.digest_ends(digest, file, f"{folder.name}/{file.name}")
     return digest.hexdigest()[:24]
 
 

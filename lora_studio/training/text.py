@@ -216,12 +216,7 @@ def base_print(folder: Path) -> str:
     """A hash that changes when a base's weights do: its configuration, and the headers, sizes and ends of its files."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for file in sorted(folder.glob("*.safetensors")):
-        size = file.stat().st_size
-        digest.update(f"{file.name}:{size}".encode())
-        with open(file, "rb") as handle:
-            digest.update(handle.read(1 << 20))
-            handle.seek(max(0, size - (1 << 20)))
-            digest.update(handle.read())
+        bases.digest_ends(digest, file, file.name)
     return digest.hexdigest()
 
 
