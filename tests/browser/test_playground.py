@@ -58,6 +58,13 @@ def loads(server) -> int:
         return bench.status()["loads"]
 
 
+def sides(page):
+    """Where the base's and the mix's answer lie, both at one moment: the page may be scrolling."""
+    return page.evaluate("""() => ['base', 'all'].map(side => {
+        const {x, y, width, height} = document.querySelector(`section[data-side='${side}']`).getBoundingClientRect()
+        return {x, y, width, height} })""")
+
+
 def test_base_and_mix_side_by_side_and_weights_act_without_loading_again(shelf, server, open_page):
     page = playground(open_page, "pirate", "capitals")
     expect(page.locator("#bench-state")).to_contain_text(re.compile("The bench (is off; the first answer starts it|holds)"))
@@ -66,7 +73,7 @@ def test_base_and_mix_side_by_side_and_weights_act_without_loading_again(shelf, 
     expect(foot(page, "all")).to_contain_text("pirate × 1, capitals × 1")
     bare, mixed = said(page, "base"), said(page, "all")
     assert bare and mixed != bare
-    boxes = [page.locator(f"section[data-side='{side}']").first.bounding_box() for side in ("base", "all")]
+    boxes = sides(page)
     assert boxes[0]["y"] == boxes[1]["y"] and boxes[0]["x"] + boxes[0]["width"] <= boxes[1]["x"]
     before = loads(server)
 
@@ -168,5 +175,5 @@ def test_nothing_sticks_out_and_a_phone_stacks_the_sides(shelf, open_page, schem
     page.set_viewport_size({"width": 390, "height": 844})
     ask(page, "x" * 300)
     assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
-    boxes = [page.locator(f"section[data-side='{side}']").first.bounding_box() for side in ("base", "all")]
+    boxes = sides(page)
     assert boxes[0]["x"] == boxes[1]["x"] and boxes[0]["y"] + boxes[0]["height"] <= boxes[1]["y"]
