@@ -9,7 +9,7 @@ import lora_studio
 
 PACKAGE = Path(lora_studio.__file__).parent
 FLOORS = {
-    0: ["errors", "spec", "problems", "settings", "families", "presets", "home", "__init__"],
+    0: ["errors", "sentences", "spec", "problems", "settings", "families", "presets", "home", "__init__"],
     1: ["lowrank", "blend"],
     2: ["durable", "workspace", "runs", "data", "rows", "bases", "library", "adapters", "checkpoints", "hub", "card", "pictures"],
     3: ["worker", "bench", "training", "inference", "demo"],
