@@ -229,6 +229,18 @@ def stop(id: str, discard: bool = typer.Option(False, help="Stop without saving 
     answer({**_status(status), "said": said}, as_json, f"{status.id} is {status.state}. {status.reason}".rstrip())
 
 
+@app.command(help="Ask a run for a checkpoint after the step it is at.")
+def save(id: str, as_json: bool = AsJson):
+    said = studio.save_now(local(), id)
+    answer({"id": id, "said": said}, as_json, said)
+
+
+@app.command(help="Ask a run for samples after the step it is at.")
+def sample(id: str, as_json: bool = AsJson):
+    said = studio.sample_now(local(), id)
+    answer({"id": id, "said": said}, as_json, said)
+
+
 @app.command(help="Go on with a run from its newest whole checkpoint.")
 def resume(id: str, detach: bool = typer.Option(False, help="Return at once."), as_json: bool = AsJson):
     workspace = local()

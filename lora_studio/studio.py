@@ -145,6 +145,27 @@ def stop(workspace: Workspace, id: str, *, save: bool = True) -> str:
     return f"{folder.name} will stop {'and save' if save else 'without saving'}."
 
 
+def save_now(workspace: Workspace, id: str) -> str:
+    """Ask a run for a checkpoint after the step it is at. Returns a sentence. Raises RunError when it does not run."""
+    return _ask(workspace, id, "save", "writes a checkpoint")
+
+
+def sample_now(workspace: Workspace, id: str) -> str:
+    """Ask a run for samples after the step it is at. Returns a sentence. Raises RunError when it does not run or has no prompts."""
+    if not spec_of(workspace, id).output.sample_prompts:
+        raise RunError("run.no_prompts", id=id)
+    return _ask(workspace, id, "sample", "draws its samples")
+
+
+def _ask(workspace: Workspace, id: str, request: str, what: str) -> str:
+    folder = workspace.run_folder(id)
+    status = runs.status(folder)
+    if not status.is_live:
+        raise RunError("run.not_live", id=folder.name, state=status.state)
+    runs.ask(folder, request)
+    return f"{folder.name} {what} after this step."
+
+
 def keep_going(workspace: Workspace, id: str) -> None:
     """Take a request to stop back, if the run has not acted on it yet."""
     runs.answered(workspace.run_folder(id), "stop")
@@ -183,7 +204,8 @@ def resume(workspace: Workspace, id: str) -> str:
     if status.state == "done":
         raise RunError("run.finished", id=folder.name)
     device = devices.resolve(runs.spec_of(folder).compute.device)
-    runs.answered(folder, "stop")
+    for request in ("stop", "save", "sample"):
+        runs.answered(folder, request)
     queue.add(workspace, folder, device=device)
     pump()
     return folder.name

@@ -3,10 +3,13 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from lora_studio import studio
+from lora_studio.workspace import local
 from tests import tiny
 
 
@@ -46,8 +49,16 @@ def test_a_run_from_start_to_adapter(tmp_path, home, base, chat_rows):
 def test_detach_stop_and_resume(tmp_path, home, base, chat_rows):
     spec = write_spec(tmp_path, base, chat_rows, schedule={"steps": 3000, "batch_size": 4}, validation={"size": 0})
     id = command("train", spec, "--detach").stdout.strip()
+    for request, event in (("save", "saved"), ("sample", "sample")):
+        before = len([one for one in studio.events(local(), id) if one["kind"] == event])
+        assert "after this step" in command(request, id).stdout
+        until = time.monotonic() + 60
+        while len([one for one in studio.events(local(), id) if one["kind"] == event]) == before:
+            assert time.monotonic() < until
+            time.sleep(0.1)
     said = json.loads(command("stop", id, "--json").stdout)
     assert said["state"] == "stopped"
+    assert "stopped" in command("save", id, code=1).stderr
     assert command("resume", id, "--detach").stdout.strip() == id
     shown = json.loads(command("stop", id, "--discard", "--json").stdout)
     assert shown["state"] == "stopped"

@@ -6,7 +6,7 @@ import gradio as gr
 
 from lora_studio import library, runs, settings, studio
 from lora_studio.errors import StudioError
-from lora_studio.ui import theme
+from lora_studio.ui import samples, theme
 from lora_studio.ui.chart import Curves, LiveChart
 from lora_studio.workspace import Workspace
 
@@ -27,17 +27,6 @@ LIST_SCRIPT = """
 element.addEventListener('click', event => { const run = event.target.closest('.run'); if(!run) return;
   const url = new URL(location); url.searchParams.set('run', run.dataset.id); history.replaceState(null, '', url);
   trigger('pick', {id: run.dataset.id}); });
-"""
-SAMPLES = """<div class="samples">{{#each value}}<section class="{{kind}}"><h4>{{prompt}}</h4><dl>{{#each answers}}<dt>step {{step}}</dt><dd>{{#if picture}}<a href="{{picture}}" target="_blank"><img src="{{picture}}" alt="step {{step}}" loading="lazy"></a><small>step {{step}}</small>{{else}}{{answer}}{{/if}}</dd>{{/each}}</dl></section>{{/each}}</div>"""
-SAMPLES_CSS = """
-.samples{display:flex;flex-direction:column;gap:8px}
-.samples section{border:1px solid var(--border-color-primary);border-radius:8px;padding:8px 12px;background:var(--background-fill-primary)}
-.samples h4{margin:0 0 4px;font-size:13.5px;color:var(--body-text-color);overflow-wrap:anywhere}
-.samples dl{display:grid;grid-template-columns:max-content 1fr;gap:2px 12px;margin:0;font-size:13px}
-.samples section.pictures dl{grid-template-columns:repeat(auto-fill,minmax(96px,1fr))}
-.samples section.pictures dt{display:none}.samples section.pictures dd{display:flex;flex-direction:column}
-.samples img{width:100%;border-radius:6px;display:block;margin:0}.samples a{display:block}
-.samples dt{color:var(--body-text-color-subdued);font-weight:400;margin:0}.samples dd{margin:0;color:var(--body-text-color);overflow-wrap:anywhere}
 """
 QUIET = {"show_progress": "hidden", "api_visibility": "private"}
 LOG_BYTES = 16 * 1024
@@ -69,10 +58,12 @@ class Runs:
         self.tiles = theme.tiles(elem_id="run-tiles")
         self.chart = LiveChart(None, curves=self.curves, container=True, padding=True, elem_id="chart")
         with gr.Row():
-            self.stop = gr.Button("Stop", variant="stop", size="md", interactive=False)
-            self.resume = gr.Button("Resume", size="md", interactive=False)
-            self.again = gr.Button("Reuse settings", size="md", interactive=False)
-            self.shelved = gr.Button("Show in library", size="md", interactive=False)
+            self.stop = gr.Button("Stop", variant="stop", size="md", min_width=130, interactive=False)
+            self.save_now = gr.Button("Save now", size="md", min_width=130, interactive=False)
+            self.sample_now = gr.Button("Sample now", size="md", min_width=130, interactive=False)
+            self.resume = gr.Button("Resume", size="md", min_width=130, interactive=False)
+            self.again = gr.Button("Reuse settings", size="md", min_width=130, interactive=False)
+            self.shelved = gr.Button("Show in library", size="md", min_width=130, interactive=False)
             self.download = gr.Button("Download adapter", size="md", link_target="_self", interactive=False)
         with gr.Column(visible=False, elem_id="stop-box") as self.box:
             self.question = gr.Markdown("")
@@ -81,7 +72,7 @@ class Runs:
                 self.discard = gr.Button("Stop without saving", variant="stop")
                 self.go_on = gr.Button("Keep going")
         self.notes = theme.sentences(elem_id="notes")
-        self.samples = theme.Shown([], html_template=SAMPLES, css_template=SAMPLES_CSS, elem_classes="flush", elem_id="samples")
+        self.samples = samples.build(elem_id="samples")
         self.log = gr.Textbox("", label="Log", lines=8, max_lines=14, interactive=False, autoscroll=True, buttons=["copy"], elem_classes="mono", elem_id="log")
         with gr.Accordion("Settings of this run", open=False):
             self.command = gr.Code("", language="shell", label="The same on the command line", interactive=False)
@@ -92,7 +83,7 @@ class Runs:
     @property
     def shown(self) -> list:
         """What changes while a run goes on."""
-        return [self.list, self.tiles, self.notes, self.samples, self.log, self.stop, self.resume, self.again, self.shelved, self.download, self.box]
+        return [self.list, self.tiles, self.notes, self.samples, self.log, self.stop, self.save_now, self.sample_now, self.resume, self.again, self.shelved, self.download, self.box]
 
     @property
     def opened(self) -> list:
@@ -107,6 +98,8 @@ class Runs:
         for button, save in ((self.save, True), (self.discard, False)):
             button.click(self.end_saving if save else self.end_discarding, self.chosen, [self.asking, self.box], api_visibility="private", show_progress="hidden")
         self.go_on.click(self.keep_going, self.chosen, [self.asking, self.box], **QUIET)
+        self.save_now.click(lambda id: self.request(studio.save_now, id), self.chosen, None, **QUIET)
+        self.sample_now.click(lambda id: self.request(studio.sample_now, id), self.chosen, None, **QUIET)
         self.resume.click(self.go, self.chosen, None, **QUIET).then(self.refresh, [self.chosen, self.asking], self.shown, **QUIET)
         self.again.click(self.reuse, self.chosen, [*train.form.values(), train.data, train.plus, tabs], **QUIET)
         self.shelved.click(lambda id: self.to_library(shelf_page, id), self.chosen, [tabs, *shelf_page.opened], **QUIET)
@@ -148,7 +141,7 @@ class Runs:
         listed = [entry(status, id) for status in found]
         status = next((status for status in found if status.id == id), None)
         if status is None:
-            return [listed, [], [], [], "", *[gr.update(interactive=False)] * 5, gr.update(visible=False)]
+            return [listed, [], [], samples.EMPTY, "", *[gr.update(interactive=False) for _ in range(7)], gr.update(visible=False)]
         events = self.curves.told(status.id)
         live = status.is_live or status.state == "queued"
         ready = next((event for event in reversed(events) if event["kind"] == "saved" and event["what"].startswith("adapter")), None)
@@ -156,9 +149,11 @@ class Runs:
             listed,
             tiles_of(status, events),
             notes_of(status, events),
-            samples_of(events, status.id),
+            samples.shown(events, status.id),
             studio.log(self.workspace, status.id, LOG_BYTES),
             gr.update(interactive=live),
+            gr.update(interactive=status.is_live),
+            gr.update(interactive=status.is_live and any(event["kind"] == "sample" for event in events)),
             gr.update(interactive=status.state in ("stopped", "failed")),
             gr.update(interactive=True),
             gr.update(interactive=ready is not None and not live),
@@ -186,6 +181,13 @@ class Runs:
         except StudioError as error:
             gr.Warning(str(error))
         return False, gr.update(visible=False)
+
+    def request(self, verb, id: str) -> None:
+        """Ask the run for something while it goes on."""
+        try:
+            gr.Info(verb(self.workspace, id))
+        except StudioError as error:
+            gr.Warning(str(error))
 
     def keep_going(self, id: str):
         """Take the question away, and a request to stop that was not acted on yet."""
@@ -225,12 +227,14 @@ def tiles_of(status: runs.Status, events: list[dict]) -> list[dict]:
     """The numbers of a run."""
     step = status.step_event or {}
     judged = [event["loss"] for event in events if event["kind"] == "eval" and event["step"]]
+    saved = [event["step"] for event in events if event["kind"] == "saved" and event["what"] == "checkpoint"]
     unit = next((event.get("unit") for event in events if event["kind"] == "started"), None) or "tokens"
     found = [
         ("state", status.state),
         ("step", f"{status.step} / {status.steps}" if status.steps else None),
         ("loss", f"{status.loss:.4f}" if status.loss is not None else None),
         ("best validation", f"{min(judged):.4f}" if judged else None),
+        ("last checkpoint", f"step {saved[-1]}" if saved else None),
         ("time left", duration(status.seconds_left) if status.seconds_left is not None else None),
         (f"{unit}/s", f"{step['tokens_per_second']:,.{0 if unit == 'tokens' else 1}f}" if step else None),
         ("rate of A", f"{step['lr_A']:.2g}" if "lr_A" in step else None),
@@ -264,13 +268,3 @@ def notes_of(status: runs.Status, events: list[dict]) -> list[dict]:
         told.append(theme.said("ok", f"{status.reason} {at}".strip() or "Done."))
     return told[-8:]
 
-
-def samples_of(events: list[dict], id: str) -> list[dict]:
-    """Sample answers by prompt, oldest first; those of an image model are pictures."""
-    answers: dict[str, list] = {}
-    for event in events:
-        if event["kind"] == "sample":
-            text = str(event["answer"])
-            picture = f"/studio/sample/{id}/{text}" if studio.SAMPLE.fullmatch(text) else ""
-            answers.setdefault(event["prompt"], []).append({"step": event["step"], "answer": text or "(nothing)", "picture": picture})
-    return [{"prompt": prompt, "kind": "pictures" if found[-1]["picture"] else "texts", "answers": found[-8:]} for prompt, found in answers.items()]

@@ -5,10 +5,12 @@ import re
 import time
 
 import pytest
+from PIL import Image
 from playwright.sync_api import expect
 
 from lora_studio import durable, runs, workspace
 from lora_studio.spec import parse
+from lora_studio.training import samples
 from tests import tiny
 
 pytestmark = pytest.mark.browser
@@ -147,6 +149,44 @@ def test_no_script_of_a_stranger_runs(server, open_page, field, tmp_path):
     expect(page.locator("#samples")).to_contain_text("<img src=x")
     assert page.locator("#notes li").count() == 2
     assert page.evaluate("window.hacked") is None and not page.evaluate("document.body.classList.contains('http:')")
+
+
+def test_sample_pictures_are_a_matrix_and_arrow_keys_move_while_new_rows_come(server, open_page):
+    folder = runs.create(workspace.Workspace(server.home), parse({"name": "drawn", "data": [{"path": "x"}], "output": {"sample_prompts": ["a", "b"]}}))
+    lock = durable.Lock(folder / "run.lock")
+    assert lock.take()
+
+    def row(events, step):
+        for prompt in ("a", "b"):
+            name = samples.save_sample(folder / "samples", Image.new("RGB", (8, 8), (step, ord(prompt), 0)), {"step": step, "prompt": prompt})
+            events.emit("sample", step=step, prompt=prompt, answer=name)
+        events.flush()
+
+    with runs.Events(folder) as events:
+        events.emit("started", steps=90, device="cpu", precision="float32", fast="x", targets=[])
+        row(events, 0)
+        row(events, 30)
+        page = open_page(f"/?tab=runs&run={folder.name}")
+        expect(page.locator("#samples tbody tr")).to_have_count(2)
+        expect(page.locator("#samples tbody tr").first).to_contain_text("base")
+        page.locator("#samples td button").first.click()
+        said = page.locator("#samples figcaption")
+        expect(said).to_have_text("step 0: a")
+        for key, words in (("ArrowRight", "step 0: b"), ("ArrowDown", "step 30: b"), ("ArrowDown", "step 30: b"), ("ArrowLeft", "step 30: a")):
+            page.keyboard.press(key)
+            expect(said).to_have_text(words)
+        row(events, 60)
+        expect(page.locator("#samples tbody tr")).to_have_count(3)
+        expect(said).to_be_visible()
+        page.keyboard.press("ArrowDown")
+        expect(said).to_have_text("step 60: a")
+        page.keyboard.press("Escape")
+        expect(said).to_be_hidden()
+        for button, request in (("Save now", "save"), ("Sample now", "sample")):
+            page.get_by_role("button", name=button).click()
+            expect(page.get_by_text("after this step").first).to_be_visible()
+            assert runs.asked(folder, request) is not None
+    lock.release()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
