@@ -3,24 +3,22 @@
 import json
 import os
 import re
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_studio import families
+from lora_studio import families, single_files
 from lora_studio.errors import BaseModelError, StudioError
 from lora_studio.home import demo_base
 from lora_studio.spec import Base
 
 WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 VARIANTS = ["*.fp16.safetensors", "*.bf16.safetensors", "*.non_ema.safetensors", "*.ema_only.safetensors"]
-HEADER_LIMIT = 100 << 20
 
 
 @dataclass(frozen=True)
 class BaseInfo:
-    """What is known of a base before it is loaded. `folder` is None while a Hub model has not been fetched. `pipeline` is the class of an
-    image model's pipeline, "" for a language model."""
+    """What is known of a base before it is loaded. `folder` is None while a Hub model has not been fetched, and a file where the whole
+    model is one. `pipeline` is the class of an image model's pipeline, "" for a language model; `note` says what is only a guess."""
 
     id: str
     folder: Path | None
@@ -33,6 +31,7 @@ class BaseInfo:
     linears: tuple[tuple[str, int, int], ...] = ()
     commit: str = ""
     pipeline: str = ""
+    note: str = ""
 
     def targets(self, wanted) -> list[str]:
         """The ends of the names of the layers that `method.targets` means here, from the headers. Empty when unknown."""
@@ -49,13 +48,18 @@ class BaseInfo:
 
 
 def locate(base: Base) -> Path | None:
-    """The folder of a base on this machine; None when it is a Hub id that has to be fetched. Raises BaseModelError."""
+    """The folder (or the one file) of a base on this machine; None when it is a Hub id that has to be fetched. Raises BaseModelError."""
     bundled = demo_base(base.id)
     if bundled:
         return bundled
     here = Path(base.id).expanduser()
     if here.is_dir():
         return here.absolute()
+    if here.is_file():
+        single_files.header(base.id, here.absolute())
+        return here.absolute()
+    if here.suffix.lower() in (".safetensors", *single_files.PICKLED):
+        raise BaseModelError("base.no_file", id=base.id)
     if not _is_hub_id(base.id):
         raise BaseModelError("base.missing", id=base.id, hint="Known: " + ", ".join(families.known_bases()[:4]) + ", ...")
     from huggingface_hub import try_to_load_from_cache
@@ -70,14 +74,39 @@ def locate(base: Base) -> Path | None:
 
 def weights_folder(folder: Path) -> Path:
     """Where the weights lie that an adapter goes on: the folder itself, or the trained part of a pipeline."""
-    index = folder / "model_index.json"
-    if not index.is_file():
-        return folder
-    try:
-        family = families.of_pipeline(json.loads(index.read_text(encoding="utf-8"))["_class_name"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return folder
+    family = _family_in(folder)
     return folder / family.component if family else folder
+
+
+def _family_in(folder: Path) -> families.ImageFamily | None:
+    """The family of the pipeline in a folder; None for a language model."""
+    try:
+        return families.of_pipeline(json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def sizes_folder(folder: Path) -> Path:
+    """The folder with the configurations of a pipeline's parts: its own, or for a model in one file the one that goes with it."""
+    return single_files.recognise(folder.name, folder).sizes if folder.is_file() else folder
+
+
+def adaptable(folder: Path) -> dict[str, list[int]]:
+    """The weights of a base that an adapter may go on, by name: of a language model all, of an image model those of the trained part,
+    and of its text encoders the layers behind the encoder's name and a dot. Raises BaseModelError."""
+    single = single_files.recognise(folder.name, folder) if folder.is_file() else None
+    family = families.of_pipeline(single.pipeline) if single else _family_in(folder)
+    if family is None:
+        return _shapes(folder.name, folder)
+
+    def shapes(part: str) -> dict[str, list[int]]:
+        return single_files.shapes_of(folder.name, single, part) if single else _shapes(folder.name, folder / part)
+
+    found = shapes(family.component)
+    for part in family.text_encoders:
+        if (single and (single.sizes / part).is_dir()) or any((folder / part).glob("*.safetensors")):
+            found |= {f"{part}.{name.removeprefix('text_model.')}": shape for name, shape in shapes(part).items() if ".layers." in name}
+    return found
 
 
 def _is_hub_id(text: str) -> bool:
@@ -97,7 +126,7 @@ def inspect(base: Base) -> BaseInfo:
     if folder is None:
         size = families.billions(base.id)
         return BaseInfo(base.id, None, parameters=int(size * 1e9) if size else None)
-    if (folder / "model_index.json").is_file():
+    if folder.is_file() or (folder / "model_index.json").is_file():
         return _inspect_pipeline(base, folder)
     config = _config(base.id, folder)
     if config.get("auto_map") and not config.get("model_type"):
@@ -127,26 +156,33 @@ def inspect(base: Base) -> BaseInfo:
 
 
 def _inspect_pipeline(base: Base, folder: Path) -> BaseInfo:
-    """What the files of an image model's pipeline say. Raises BaseModelError."""
-    index = _config(base.id, folder, "model_index.json")
+    """What the files of an image model's pipeline say, or its one file. Raises BaseModelError."""
+    single = single_files.recognise(base.id, folder) if folder.is_file() else None
+    index = _config(base.id, sizes_folder(folder), "model_index.json")
     name = str(index.get("_class_name", ""))
     family = families.of_pipeline(name)
+    if name in families.OUT_OF_REACH:
+        raise BaseModelError("image.out_of_reach", id=base.id, pipeline=name, reason=families.OUT_OF_REACH[name])
     if family is None:
         known = ", ".join(one.name for one in families.IMAGE_FAMILIES)
         raise BaseModelError("base.pipeline", id=base.id, pipeline=name[:60], known=known)
     if any(index.get(f"{family.component}_2") or [None]):
         raise BaseModelError("image.two_parts", id=base.id, part=family.component)
-    shapes = _shapes(base.id, folder / family.component)
+    shapes = single_files.shapes_of(base.id, single, family.component) if single else _shapes(base.id, folder / family.component)
     layers = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if name.endswith(".weight") and len(shape) in (2, 4)}
     linears = tuple((name, shape[0], _count(shape[1:])) for name, shape in layers.items() if "embed" not in name)
     commit = folder.name if folder.parent.name == "snapshots" else ""
-    return BaseInfo(base.id, folder, parameters=sum(map(_count, shapes.values())), linears=linears, commit=commit, pipeline=name)
+    size, note = sum(map(_count, shapes.values())), single.note if single else ""
+    return BaseInfo(base.id, folder, parameters=size, linears=linears, commit=commit, pipeline=name, note=note)
 
 
 def sample_edge(info: BaseInfo) -> int:
     """The edge in pixels of the pictures a pipeline's own files speak of: what its part was trained at, times what its VAE shrinks by."""
     try:
-        part, vae = (json.loads((info.folder / name / "config.json").read_text(encoding="utf-8")) for name in (weights_folder(info.folder).name, "vae"))
+        if info.folder.is_file() and (edge := single_files.recognise(info.id, info.folder).edge):
+            return edge
+        sizes = sizes_folder(info.folder)
+        part, vae = (json.loads((sizes / name / "config.json").read_text(encoding="utf-8")) for name in (weights_folder(sizes).name, "vae"))
         return int(part["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
     except (OSError, ValueError, KeyError, TypeError):
         return 0
@@ -171,15 +207,7 @@ def _shapes(id: str, folder: Path) -> dict[str, list[int]]:
 
 def header_shapes(id: str, file: Path) -> dict[str, list[int]]:
     """The shape of every tensor of a safetensors file, from its header. Raises BaseModelError."""
-    try:
-        with open(file, "rb") as handle:
-            (length,) = struct.unpack("<Q", handle.read(8))
-            if length > HEADER_LIMIT:
-                raise ValueError("its header is not one of safetensors")
-            header = json.loads(handle.read(length))
-        return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
-    except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError) as error:
-        raise BaseModelError("base.broken", id=id, reason=f"{file.name}: {error}") from None
+    return single_files.header(id, file)[0]
 
 
 def _count(shape: list[int]) -> int:
@@ -187,6 +215,15 @@ def _count(shape: list[int]) -> int:
     for length in shape:
         total *= length
     return total
+
+
+def digest_spread(digest, file: Path) -> None:
+    """Add to a hash 64 kB from each of 64 places of a large file: two models of one kind differ in most of them."""
+    size = file.stat().st_size
+    with open(file, "rb") as handle:
+        for number in range(64):
+            handle.seek(size * number // 64)
+            digest.update(handle.read(1 << 16))
 
 
 def digest_ends(digest, file: Path, name: str) -> None:

@@ -14,7 +14,10 @@ from pathlib import Path
 
 import yaml
 
+from lora_studio import bases
 from lora_studio import spec as specs
+from lora_studio.errors import StudioError
+from lora_studio.spec import Base
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 LANGUAGE = re.compile(r"[a-z]{2,3}")
@@ -170,14 +173,25 @@ def _loading_pictures(facts: Facts, repo_id: str | None) -> str:
     demo = facts.base.startswith("demo-")
     base = f"demo_base({name})" if demo else name
     prompt = json.dumps(facts.pictures[0][0] if facts.pictures else facts.trigger or "a picture")
+    pipeline, load = "DiffusionPipeline", "from_pretrained"
+    if facts.base.endswith(".safetensors"):
+        pipeline, load = _pipeline_of_file(facts.base), "from_single_file"
     return "\n".join([
         *(["from lora_studio.home import demo_base  # comes with LoRA Studio"] if demo else []),
-        "from diffusers import DiffusionPipeline",
+        f"from diffusers import {pipeline}",
         "",
-        f"pipeline = DiffusionPipeline.from_pretrained({base}{revision})" + ("" if demo or is_hub_id(facts.base) else "  # a local model: give its folder"),
+        f"pipeline = {pipeline}.{load}({base}{revision})" + ("" if demo or is_hub_id(facts.base) else "  # a local model: give its path"),
         f"pipeline.load_lora_weights({json.dumps(repo_id or 'owner/name')}, weight_name={json.dumps(facts.pipeline_file)})",
         f"pipeline({prompt}).images[0].save(\"picture.png\")",
     ])  # fmt: skip
+
+
+def _pipeline_of_file(path: str) -> str:
+    """The pipeline of a model in one file, while it is here."""
+    try:
+        return bases.inspect(Base(id=path)).pipeline
+    except StudioError:
+        return "StableDiffusionPipeline"
 
 
 def _loading(facts: Facts, repo_id: str | None) -> str:

@@ -37,6 +37,8 @@ FAMILIES = (
 )  # fmt: skip
 
 
+# CLIP's linear layers: attention, and the two of each block's MLP.
+CLIP_LINEARS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 UNET_LINEARS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
 
 
@@ -48,7 +50,9 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 class ImageFamily:
     """A family of image models: the diffusers pipeline, the part that is trained, the default target layers, the edge its models were
     trained at, known Hub ids with billions of parameters of that part; `multiple` is what edges of pictures must be a multiple of, and
-    `flow` says that it learns straight lines from picture to noise, not the steps of a noise schedule."""
+    `flow` says that it learns straight lines from picture to noise, not the steps of a noise schedule. `text_encoders` are those that may
+    get an adapter too. `guidance` is what its own pipeline takes by default, `patch` the edge of a transformer's token in latent pixels.
+    `films` says that it knows films, and `edits` that it makes a picture of a picture, so that it learns from pairs."""
 
     name: str
     pipeline: str
@@ -59,33 +63,51 @@ class ImageFamily:
     gated: bool = False
     multiple: int = 16
     flow: bool = True
+    text_encoders: tuple[str, ...] = ()
+    guidance: float = 5.0
+    patch: int = 2
+    edits: bool = False
+    films: bool = False
 
 
 IMAGE_FAMILIES = (
     ImageFamily("Stable Diffusion 1.5 and 2", "StableDiffusionPipeline", "unet", UNET_LINEARS, 512,
-                {"demo-image": 0.004, "stable-diffusion-v1-5/stable-diffusion-v1-5": 0.86}, multiple=8, flow=False),
+                {"demo-image": 0.004, "stable-diffusion-v1-5/stable-diffusion-v1-5": 0.86}, multiple=8, flow=False, text_encoders=("text_encoder",),
+                guidance=7.5),
     ImageFamily("Stable Diffusion XL", "StableDiffusionXLPipeline", "unet", UNET_LINEARS, 1024,
-                {"stabilityai/stable-diffusion-xl-base-1.0": 2.57}, multiple=8, flow=False),
+                {"stabilityai/stable-diffusion-xl-base-1.0": 2.57}, multiple=8, flow=False, text_encoders=("text_encoder", "text_encoder_2")),
     ImageFamily("Stable Diffusion 3 and 3.5", "StableDiffusion3Pipeline", "transformer", JOINT, 1024,
                 {"stabilityai/stable-diffusion-3-medium-diffusers": 2.1, "stabilityai/stable-diffusion-3.5-medium": 2.5,
-                 "stabilityai/stable-diffusion-3.5-large": 8.1}, gated=True),
+                 "stabilityai/stable-diffusion-3.5-large": 8.1}, gated=True, guidance=7.0),
     ImageFamily("FLUX.1", "FluxPipeline", "transformer",
                 (*JOINT, "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"), 1024,
-                {"black-forest-labs/FLUX.1-dev": 11.9, "black-forest-labs/FLUX.1-schnell": 11.9}, gated=True),
+                {"black-forest-labs/FLUX.1-dev": 11.9, "black-forest-labs/FLUX.1-schnell": 11.9}, gated=True, text_encoders=("text_encoder",),
+                guidance=3.5),
+    ImageFamily("FLUX.1 Kontext", "FluxKontextPipeline", "transformer",
+                (*JOINT, "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"), 1024,
+                {"black-forest-labs/FLUX.1-Kontext-dev": 11.9}, gated=True, text_encoders=("text_encoder",), guidance=2.5, edits=True),
     ImageFamily("FLUX.2 klein", "Flux2KleinPipeline", "transformer", (*ATTENTION, "to_qkv_mlp_proj"), 1024,
-                {"black-forest-labs/FLUX.2-klein-base-4B": 3.9, "black-forest-labs/FLUX.2-klein-4B": 3.9}),
-    ImageFamily("Qwen-Image", "QwenImagePipeline", "transformer", ATTENTION, 1024, {"Qwen/Qwen-Image": 20.4}),
+                {"black-forest-labs/FLUX.2-klein-base-4B": 3.9, "black-forest-labs/FLUX.2-klein-4B": 3.9}, guidance=4.0, patch=1),
+    ImageFamily("Qwen-Image", "QwenImagePipeline", "transformer", ATTENTION, 1024, {"Qwen/Qwen-Image": 20.4}, guidance=4.0),
     ImageFamily("Z-Image", "ZImagePipeline", "transformer", ATTENTION, 1024,
                 {"Tongyi-MAI/Z-Image": 6.2, "Tongyi-MAI/Z-Image-Turbo": 6.2}),
     ImageFamily("Sana", "SanaPipeline", "transformer", ATTENTION, 1024,
                 {"Efficient-Large-Model/Sana_600M_1024px_diffusers": 0.59, "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers": 1.6},
-                multiple=32),
-    ImageFamily("Lumina Image 2", "Lumina2Pipeline", "transformer", ATTENTION, 1024, {"Alpha-VLLM/Lumina-Image-2.0": 2.6}),
+                multiple=32, guidance=4.5, patch=1),
+    ImageFamily("Lumina Image 2", "Lumina2Pipeline", "transformer", ATTENTION, 1024, {"Alpha-VLLM/Lumina-Image-2.0": 2.6}, guidance=4.0),
     ImageFamily("PixArt-Sigma", "PixArtSigmaPipeline", "transformer", ATTENTION, 1024,
-                {"PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": 0.61, "PixArt-alpha/PixArt-Sigma-XL-2-512-MS": 0.61}, flow=False),
-    ImageFamily("Wan 2.1 (still pictures)", "WanPipeline", "transformer", (*ATTENTION, "ffn.net.0.proj", "ffn.net.2"), 480,
-                {"Wan-AI/Wan2.1-T2V-1.3B-Diffusers": 1.42, "Wan-AI/Wan2.1-T2V-14B-Diffusers": 14.3}),
+                {"PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": 0.61, "PixArt-alpha/PixArt-Sigma-XL-2-512-MS": 0.61}, flow=False, guidance=4.5),
+    ImageFamily("Wan 2.1", "WanPipeline", "transformer", (*ATTENTION, "ffn.net.0.proj", "ffn.net.2"), 480,
+                {"Wan-AI/Wan2.1-T2V-1.3B-Diffusers": 1.42, "Wan-AI/Wan2.1-T2V-14B-Diffusers": 14.3}, films=True),
 )  # fmt: skip
+
+
+VISION = "its text encoder sees pictures through Qwen2VLProcessor, which needs torchvision, and the studio runs without"
+# Pipelines that are known and cannot be trained here, and why.
+OUT_OF_REACH = {
+    "QwenImageEditPipeline": VISION, "QwenImageEditPlusPipeline": VISION, "QwenImageEditInpaintPipeline": VISION, "QwenImageLayeredPipeline": VISION,
+    "Flux2Pipeline": "its text encoder comes with PixtralProcessor, which needs torchvision, and the studio runs without",
+}  # fmt: skip
 
 
 def timesteps(pipeline: str, wanted: str) -> str:
@@ -101,10 +123,21 @@ def misfits(pipeline: str, spec) -> list[tuple[str, StudioError]]:
         return found
     if family.flow and task.weighting != "none":
         found.append(("task.weighting", BaseModelError("image.weighting", name=family.name, weighting=task.weighting)))
-    step = task.bucket_step if task.buckets else task.resolution
-    if step % family.multiple:
-        field = "task.bucket_step" if task.buckets else "task.resolution"
-        found.append((field, BaseModelError("image.multiple", name=family.name, field=field, value=step, multiple=family.multiple)))
+    if task.text_encoder and not family.text_encoders:
+        known = ", ".join(one.name for one in IMAGE_FAMILIES if one.text_encoders)
+        found.append(("task.text_encoder", BaseModelError("image.text_encoder", name=family.name, known=known)))
+    if family.edits and task.prior_pictures:
+        found.append(("task.prior_pictures", BaseModelError("image.prior_pairs", name=family.name)))
+    if not family.films and task.frames > 1:
+        found.append(("task.frames", BaseModelError("image.frames", name=family.name)))
+    if not family.flow and task.shift != "auto":
+        found.append(("task.shift", BaseModelError("image.shift", name=family.name)))
+    edges = [("task.bucket_step", task.bucket_step)]
+    if not task.buckets:
+        edges = [("task.resolution", task.resolution), *(("task.more_resolutions", edge) for edge in task.more_resolutions)]
+    for field, edge in edges:
+        if edge % family.multiple:
+            found.append((field, BaseModelError("image.multiple", name=family.name, field=field, value=edge, multiple=family.multiple)))
     return found
 
 
@@ -113,9 +146,20 @@ def of_pipeline(name: str) -> ImageFamily | None:
     return next((family for family in IMAGE_FAMILIES if family.pipeline == name), None)
 
 
-def guidance(base: str) -> float:
-    """The guidance that a picture of a base usually wants."""
-    return 2.0 if base == "demo-image" else 5.0
+# Bases that want another guidance than their family: the bundled one, and those distilled to do without.
+GUIDANCE = {
+    "demo-image": 2.0, "black-forest-labs/FLUX.1-schnell": 1.0, "black-forest-labs/FLUX.2-klein-4B": 1.0, "Tongyi-MAI/Z-Image-Turbo": 1.0,
+}  # fmt: skip
+
+
+# What undoes the distillation of a base while a run learns: by the base's id, the Hub repository and its file.
+ASSISTANTS = {"Tongyi-MAI/Z-Image-Turbo": "ostris/zimage_turbo_training_adapter/zimage_turbo_training_adapter_v2.safetensors"}
+
+
+def guidance(base: str, pipeline: str = "") -> float:
+    """The guidance that a picture of a base usually wants: by its id, else by its pipeline."""
+    family = of_pipeline(pipeline) or next((one for one in IMAGE_FAMILIES if base in one.sizes), None)
+    return GUIDANCE.get(base) or (family.guidance if family else 5.0)
 
 
 def edge(base: str) -> int | None:

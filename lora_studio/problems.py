@@ -13,6 +13,7 @@ EXPECTED = {
     "greater_than_equal": "it must be at least {ge:g}",
     "less_than": "it must be below {lt:g}",
     "less_than_equal": "it must be at most {le:g}",
+    "multiple_of": "it must be a multiple of {multiple_of}",
     "finite_number": "it must be a finite number",
     "int_parsing": "it must be a whole number",
     "int_type": "it must be a whole number",
@@ -71,6 +72,8 @@ def _sentence(item: dict, path: str, model: type[BaseModel]) -> str:
         return f"{path} is missing. Set it."
     if kind == "literal_error" and path.endswith("targets"):
         return f"{path} is {_short(value)}; it must be auto, or a list of layer names such as [q_proj, v_proj]."
+    if kind == "literal_error" and path.endswith("shift"):
+        return f"{path} is {_short(value)}; it must be auto, resolution, or a number above 0 and at most 100."
     if kind == "extra_forbidden":
         return _unknown(path, model, item["loc"])
     if kind in ("union_tag_not_found", "union_tag_invalid"):

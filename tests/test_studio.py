@@ -60,6 +60,14 @@ def test_lora_plus_with_a_high_base_rate_gets_a_suggestion(workspace, base, chat
     assert studio.suggest_lr(2e-4) == 2.5e-5
 
 
+def test_lora_plus_on_pictures_suggests_a_smaller_ratio_and_a_rate_half_as_high(workspace):
+    assert [studio.suggest_ratio(kind) for kind in ("chat", "text", "prompt_completion", "image")] == [16, 16, 16, 4]
+    assert studio.suggest_lr(1e-4, "image") == 5e-5
+    spec = parse({"base": {"id": "demo-image"}, "task": {"kind": "image", "resolution": 64}, "data": [{"path": "demo/stripes"}], "optim": {"lr": 0.01, "lora_plus_ratio": 16}})
+    (told,) = (problem.sentence for problem in studio.preflight(workspace, spec).problems if problem.path == "optim.lr")
+    assert "Try optim.lr 0.005, and the ratio 4 that is usual here." in told
+
+
 def test_every_preset_survives_the_form():
     for preset in presets.available():
         values = studio.form_values(preset.name)

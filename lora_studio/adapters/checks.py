@@ -14,9 +14,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 def base_shapes(folder: Path) -> Shapes:
     """The weights of a base on this machine by the name of their layer, from its headers. Raises BaseModelError."""
-    found = {}
-    for file in sorted(bases.weights_folder(folder).glob("*.safetensors")):
-        found.update(bases.header_shapes(folder.name, file))
+    found = bases.adaptable(folder)
     return {name.removesuffix(".weight"): tuple(shape) for name, shape in found.items() if name.endswith(".weight") and len(shape) > 1}
 
 
@@ -46,14 +44,17 @@ def check(card: Card, shapes: Shapes, *, label: str = "The adapter", base: str =
 
 
 def _places(card: Card, shapes: Shapes) -> dict[str, str | None]:
-    """For each layer of the adapter the layer of the base it means. A model may put a word or two before the names of its checkpoint
+    """For each layer of the adapter the layer of the base it means."""
+    return {name: place(name, shapes) for name in card.layers}
+
+
+def place(name: str, shapes: Shapes) -> str | None:
+    """The layer of the base that a layer of an adapter means. A model may put a word or two before the names of its checkpoint
     (transformer.h.0 for h.0); a tied head is the embedding."""
-    found = {}
-    for name in card.layers:
-        words = name.split(".")
-        found[name] = next((end for end in (".".join(words[cut:]) for cut in range(min(3, len(words)))) if end in shapes), None)
-        if found[name] is None and words[-1] in HEADS:
-            found[name] = next((other for other in shapes if other.rsplit(".", 1)[-1] in EMBEDDINGS), None)
+    words = name.split(".")
+    found = next((end for end in (".".join(words[cut:]) for cut in range(min(3, len(words)))) if end in shapes), None)
+    if found is None and words[-1] in HEADS:
+        found = next((other for other in shapes if other.rsplit(".", 1)[-1] in EMBEDDINGS), None)
     return found
 
 
@@ -72,6 +73,8 @@ def _missing(card: Card, shapes: Shapes, present: set) -> list[str]:
     if config.target_modules is None:
         return []
     ends = (*HEADS, *EMBEDDINGS)
+    encoders = {name.partition(".")[0] for name in card.layers if name.startswith("text_encoder")}
+    shapes = {name: shape for name, shape in shapes.items() if not name.startswith("text_encoder") or name.partition(".")[0] in encoders}
     wide = config.target_modules == "all-linear"
     return [
         name

@@ -1,23 +1,59 @@
 """An image adapter as the one file that diffusers' `load_lora_weights` reads. Only names change; no number is touched, no torch loaded."""
 
 import json
+import re
 import struct
 
 PREFIX = "base_model.model."
 NAME = "pytorch_lora_weights.safetensors"
+# A layer of a text encoder: its name in a PEFT folder begins with the encoder's.
+ENCODER = re.compile(r"(text_encoder(?:_\d)?)\.(.+)$")
 
 
 def to_pipeline_file(weights: bytes, config: dict, component: str) -> bytes:
     """The weights of a PEFT folder with names that begin with the pipeline's part (unet, transformer, text_encoder). The configuration
-    goes into the header: without it loaders take alpha for the rank, and the adapter is too strong or too weak."""
+    goes into the header, once for each part: without it loaders take alpha for the rank, and the adapter is too strong or too weak.
+    Names of text encoders have the `text_model.` that every loader knows."""
     (length,) = struct.unpack("<Q", weights[:8])
     header = json.loads(weights[8 : 8 + length])
-    entries = {f"{component}.{name.removeprefix(PREFIX)}": entry for name, entry in header.items() if name != "__metadata__"}
-    told = {f"{component}.{key}": value for key, value in config.items()}
+    entries = {_named(name.removeprefix(PREFIX), component): entry for name, entry in header.items() if name != "__metadata__"}
+    told = {}
+    for part in sorted({name.partition(".")[0] for name in entries} | {component}):
+        layers = [name.partition(".")[2].partition(".lora_")[0] for name in entries if name.startswith(f"{part}.")]
+        told |= {f"{part}.{key}": value for key, value in _meant(config, part, layers).items()}
     metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(told, sort_keys=True)}
     text = json.dumps({"__metadata__": metadata, **entries}, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text + weights[8 + length :]
+
+
+def _named(name: str, component: str) -> str:
+    encoder = ENCODER.match(name)
+    return f"{encoder[1]}.text_model.{encoder[2]}" if encoder else f"{component}.{name}"
+
+
+def _meant(config: dict, part: str, layers: list[str]) -> dict:
+    """The configuration for one part: of the targets only those it has, without the encoder's name where they are whole names."""
+    targets = config.get("target_modules")
+    if not isinstance(targets, list):
+        return config
+    found = [(ENCODER.match(target), target) for target in targets]
+    ends = {encoder[2] if encoder else target for encoder, target in found if not encoder or encoder[1] == part}
+    return config | {"target_modules": sorted(end for end in ends if any(layer == end or layer.endswith("." + end) for layer in layers))}
+
+
+def with_part(name: str, part: str) -> str:
+    """A tensor of a text encoder's PEFT adapter as it is called in a folder with several parts."""
+    return f"{PREFIX}{part}.{name.removeprefix(PREFIX).removeprefix('text_model.')}"
+
+
+def of_parameter(name: str) -> str:
+    """The name in a PEFT folder of what a run's checkpoint calls by the name of its parameter."""
+    name = name.replace(".default.", ".").removeprefix("main.")
+    if not name.startswith("encoders."):
+        return name
+    _, part, rest = name.split(".", 2)
+    return with_part(rest, part)
 
 
 def part_of(config: dict) -> str:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lora_studio.adapters import config as configs
-from lora_studio.adapters import dialects
+from lora_studio.adapters import dialects, images, lycoris
 from lora_studio.adapters.card import Adapter, Card, Layer
-from lora_studio.adapters.files import FLOATS, Entry, Header, locate, read_header, shown
+from lora_studio.adapters.files import FLOATS, Entry, Header, locate, parse_json, read_header, shown
 from lora_studio.errors import AdapterError, Problem
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ TORCH_NAMES = {
     "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
 MOST = 5
+ImageParts = tuple[list[lycoris.Product], dict[str, images.Piece]]
 
 
 def inspect(source: Path | str | dict[str, bytes], *, config: dict | None = None) -> Card:
@@ -50,8 +51,8 @@ def read(source: Path | str | dict[str, bytes], *, config: dict | None = None) -
         card, names = _card(place.label, header, place.config, config)
         _refuse([problem.sentence for problem in card.problems if problem.level == "error"])
         tensors = {name: _tensor(file, header.tensors[name]) for name in header.tensors if card.extras.get(name) != "copy"}
-    modules = _modules(card, names, tensors)
-    _refuse(_problems_of_values(place.label, tensors, modules))
+    modules = _modules(card, names, tensors) if card.format == "peft" else _modules_of_image(card, names, tensors)
+    _refuse(_problems_of_values(place.label, tensors, modules, may_hold_more=card.format == "peft"))
     return Adapter(modules, {name: tensors[name] for name in card.extras if name in tensors}, card)
 
 
@@ -63,14 +64,14 @@ def _refuse(sentences: list[str]) -> None:
 # ---- from the header
 
 
-def _card(label: str, header: Header, raw: bytes | None, given: dict | None) -> tuple[Card, dialects.Names]:
-    """The card, and which tensor is which factor. Raises AdapterError when it is no adapter."""
+def _card(label: str, header: Header, raw: bytes | None, given: dict | None) -> tuple[Card, dialects.Names | ImageParts]:
+    """The card, and which tensor is which factor (of an image adapter by another program, its parts). Raises AdapterError when it is no adapter."""
     names = list(header.tensors)
     form = dialects.format_of(names)
     facts = {"bytes": header.size, "dtypes": tuple(sorted({entry.dtype for entry in header.tensors.values()}))}
     facts["parameters"] = sum(entry.count for entry in header.tensors.values())
     if form not in (None, "peft"):
-        return _image_card(label, form, header, facts), dialects.Names()
+        return _image_card(label, form, header, facts, given)
     if raw is None and given is None:
         if form is None:
             raise _stranger(label, names)
@@ -118,17 +119,55 @@ def _problem(error: AdapterError, level: Literal["error", "warning"] = "error") 
     return Problem("", str(error), level)
 
 
-def _image_card(label: str, form: str, header: Header, facts: dict) -> Card:
-    """A card for an adapter of an image model: recognised and named, not yet readable."""
+def _image_card(label: str, form: str, header: Header, facts: dict, given: dict | None) -> tuple[Card, ImageParts]:
+    """A card for an adapter of an image model by another program, and where each layer's tensors are. It is named and refused where not
+    every layer of it is known here."""
     family = dialects.family_of(list(header.tensors), header.metadata)
-    down = {
-        name: entry
-        for name, entry in header.tensors.items()
-        if re.search(r"(lora_down|lora_A|lora\.down|_lora\.down|hada_w1_b)\b.*$", name)
-    }
-    layers = {shown(name): Layer("linear", entry.shape[1:], entry.shape[0], None, None) for name, entry in down.items() if entry.shape}
-    problem = _problem(AdapterError("adapter.image", path=label, form=form, family=family))
-    return Card(form, "lora" if layers else "lycoris", family=family, layers=layers, problems=(problem,), **facts)
+    try:
+        products, rest = lycoris.sort(label, header) if form == "lycoris" else ([], header.tensors)
+        layers = lycoris.layers(label, products)
+    except AdapterError as error:
+        return Card(form, "lycoris", family=family, problems=(_problem(error),), **facts), ([], {})
+    found, strangers = images.pieces(rest)
+    if strangers or not (found or products):
+        down = {name: entry for name, entry in header.tensors.items() if re.search(r"(lora_down|lora_A|lora\.down|_lora\.down|hada_w1_b)\b.*$", name)}
+        layers = {shown(name): Layer("linear", entry.shape[1:], entry.shape[0], None, None) for name, entry in down.items() if entry.shape}
+        problem = _problem(AdapterError("adapter.image", path=label, form=form, family=family, name=shown((strangers or ["none"])[0])))
+        return Card(form, "lora" if layers else "lycoris", family=family, layers=layers, problems=(problem,), **facts), ([], {})
+    main = images.main_part([*layers, *found])
+    told = images.settings(header.metadata, lambda text: parse_json(label, text.encode()))
+    problems = [_problem(AdapterError("adapter.twice", path=label, name=shown(name))) for name in found if name in layers]
+    for name, piece in found.items():
+        parts = {"A": piece.A, "B": piece.B}
+        sentence = _misfit(label, name, parts, "linear", header.tensors)
+        if sentence:
+            problems.append(sentence)
+            continue
+        A, B, rank = header.tensors[piece.A].shape, header.tensors[piece.B].shape, header.tensors[piece.A].shape[0]
+        height = B[0] if piece.rows is None else piece.rows[1] - piece.rows[0]
+        layers[name] = Layer("conv" if len(A) > 2 else "linear", (height, *A[1:]), rank, *_strength(name, piece, rank, told.get(images.part_of(name, main))))
+    config = {"auto_mapping": images.MADE_FOR[main]}
+    targets = tuple(sorted({name.rsplit(".", 1)[-1] for name in layers}))
+    card = Card(
+        form, _method(products), str((given or {}).get("base_model_name_or_path") or ""), family=family, layers=layers, targets=targets, config=config,
+        problems=tuple(problems[:MOST]), **facts,
+    )  # fmt: skip
+    return card, (products, found)
+
+
+def _method(products: list[lycoris.Product]) -> str:
+    """What an image adapter is: lora, loha or lokr; lycoris where it is several."""
+    found = {product.method for product in products}
+    return "lora" if not found else next(iter(found)) if len(found) == 1 else "lycoris"
+
+
+def _strength(name: str, piece: images.Piece, rank: int, told: dict | None) -> tuple[float | None, float | None]:
+    """Alpha and scale of a layer of another program's adapter: as its header says, as a tensor says (known when it is read), else 1."""
+    if told:
+        own = images.unencoded(name)
+        config, _ = configs.read(None, {key: value for key, value in told.items() if key in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")})
+        return config.alpha_of(own), config.scale_of(own, rank)
+    return (None, None) if piece.alpha else (float(rank), 1.0)
 
 
 def _layers(label: str, header: Header, found: dialects.Names, config: configs.PeftConfig) -> tuple[dict[str, Layer], list[Problem]]:
@@ -228,7 +267,20 @@ def _modules(card: Card, names: dialects.Names, tensors: dict[str, Tensor]) -> d
     }
 
 
-def _problems_of_values(label: str, tensors: dict[str, Tensor], modules: dict[str, LowRank]) -> list[str]:
+def _modules_of_image(card: Card, parts: ImageParts, tensors: dict[str, Tensor]) -> dict[str, LowRank]:
+    from lora_studio.lowrank import LowRank
+
+    products, pieces = parts
+    found = lycoris.modules(products, tensors)
+    for name, piece in pieces.items():
+        layer = card.layers[name]
+        B = tensors[piece.B] if piece.rows is None else tensors[piece.B][slice(*piece.rows)]
+        scale = layer.scale if layer.scale is not None else float(tensors[piece.alpha]) / layer.rank
+        found[name] = LowRank(tensors[piece.A], B, scale, layer.kind)
+    return found
+
+
+def _problems_of_values(label: str, tensors: dict[str, Tensor], modules: dict[str, LowRank], *, may_hold_more: bool) -> list[str]:
     """Numbers that are none, and an adapter that changes nothing."""
     import torch
 
@@ -242,7 +294,7 @@ def _problems_of_values(label: str, tensors: dict[str, Tensor], modules: dict[st
     if bad:
         name, what = bad[0]
         return [str(AdapterError("adapter.not_finite", path=label, name=shown(name), what=what, count=len(bad)))]
-    if len(tensors) > 2 * len(modules):  # a head, a bias or a token may change something by itself
+    if may_hold_more and sum(tensor.ndim > 1 for tensor in tensors.values()) > 2 * len(modules):  # a head, a bias or a token may change something by itself
         return []
     if not any(bool(module.B.any()) and bool(module.A.any()) and module.scale for module in modules.values()):
         return [str(AdapterError("adapter.no_effect", path=label, reason="every B (or A) is zero, as in one never trained"))]

@@ -71,6 +71,8 @@ def add(workspace: Workspace, source: Path | str | dict[str, bytes], facts: dict
     errors = [problem.sentence for problem in header.problems if problem.level == "error"]
     if errors:
         raise AdapterError("adapter.problems", reason=" ".join(errors))
+    if header.format != "peft":  # what shelf.import_adapter converts first
+        raise AdapterError("adapter.no_config", path=Path(source).name if not isinstance(source, dict) else "The adapter")
     files = _with_config(source if isinstance(source, dict) else _files(Path(source)), config)
     id = cards.content_id(files)
     made = cards.new(header, files, {**(facts or {}), "created": (facts or {}).get("created") or time.time()})

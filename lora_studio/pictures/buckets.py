@@ -9,20 +9,27 @@ WIDEST = 4
 """Buckets are at most this many times as wide as high, or as high as wide."""
 
 
-def bucket(width: int, height: int, task: ImageTask) -> tuple[int, int]:
-    """The (width, height) a picture of `width` by `height` pixels is trained in.
+def bucket(width: int, height: int, task: ImageTask, *, edge: int | None = None) -> tuple[int, int]:
+    """The (width, height) a picture of `width` by `height` pixels is trained in, at the resolution `edge` (by default the task's own).
 
     Edges are multiples of task.bucket_step, the area is the largest such of at most resolution² pixels (so that no
     bucket needs more memory than the square), and of these the shape nearest to the picture's is taken. Without
     buckets it is the square of that resolution. A step above the resolution leaves one bucket: a square of one step.
     """
+    edge = edge or task.resolution
     if not task.buckets:
-        return task.resolution, task.resolution
+        return edge, edge
     wanted = log(max(width, height) / min(width, height))
     long, short = min(
-        _landscapes(task.resolution, task.bucket_step), key=lambda size: (abs(log(size[0] / size[1]) - wanted), -size[0] * size[1])
+        _landscapes(edge, task.bucket_step), key=lambda size: (abs(log(size[0] / size[1]) - wanted), -size[0] * size[1])
     )
     return (long, short) if width >= height else (short, long)
+
+
+def edges(width: int, height: int, task: ImageTask) -> list[int]:
+    """The resolutions a picture is shown at: the task's own, and those of task.more_resolutions that need not enlarge it."""
+    more = ((edge, bucket(width, height, task, edge=edge)) for edge in task.more_resolutions)
+    return [task.resolution, *(edge for edge, (wide, high) in more if wide <= width and high <= height)]
 
 
 def beyond(width: int, height: int) -> bool:

@@ -49,6 +49,7 @@ class Look:
     digest: str
     animated: bool
     transparent: bool
+    frames: int = 1
 
 
 def look(path: Path, *, decode: bool = True) -> Look:
@@ -63,7 +64,7 @@ def look(path: Path, *, decode: bool = True) -> Look:
                 animated = _is_animated(image)
                 if decode:
                     _pixels(image, (255, 255, 255))
-                return Look(width, height, digest, animated, decode and _is_clear(image))
+                return Look(width, height, digest, animated, decode and _is_clear(image), _count(image) if animated else 1)
     except MemoryError:
         raise Skip(reasons.TOO_MANY_PIXELS) from None
     except OSError as error:
@@ -78,6 +79,15 @@ def load(picture: Picture, *, size: tuple[int, int], crop: str = "center", seed:
     """
     image = _read(picture.path, picture.name, (255, 255, 255))
     return _placed(image, size, crop, seed, flip, Image.Resampling.LANCZOS)
+
+
+def load_frames(picture: Picture, count: int, *, size: tuple[int, int], crop: str = "center", seed: int = 0, flip: bool = False) -> list[Image.Image]:
+    """The first `count` frames of a clip, each placed as `load` places a picture. Raises DataError."""
+    if picture.files:
+        images = [_read(file, picture.name, (255, 255, 255)) for file in picture.files[:count]]
+    else:
+        images = [_read(picture.path, picture.name, (255, 255, 255), number) for number in range(count)]
+    return [_placed(image, size, crop, seed, flip, Image.Resampling.LANCZOS) for image in images]
 
 
 def load_mask(picture: Picture, *, size: tuple[int, int], crop: str = "center", seed: int = 0, flip: bool = False) -> Image.Image | None:
@@ -105,11 +115,13 @@ def _placed(image: Image.Image, size: tuple[int, int], crop: str, seed: int, fli
     return placed.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else placed
 
 
-def _read(path: Path, name: str, behind: tuple[int, int, int]) -> Image.Image:
+def _read(path: Path, name: str, behind: tuple[int, int, int], frame: int = 0) -> Image.Image:
     try:
         with open(path, "rb", opener=_plain_opener) as file, _limits(), _opened(file) as image:
+            if frame:
+                image.seek(frame)
             return _pixels(image, behind)
-    except (Skip, OSError, MemoryError) as error:
+    except (Skip, OSError, MemoryError, EOFError) as error:
         reason = str(error) if isinstance(error, Skip) else getattr(error, "strerror", None) or type(error).__name__
         raise DataError("picture.changed", name=shown(name), reason=reason) from None
 
@@ -179,6 +191,14 @@ def _is_animated(image: Image.Image) -> bool:
         return image.format != "MPO" and bool(getattr(image, "is_animated", False))
     except BROKEN:
         return True  # what follows the first frame is broken, but it is there
+
+
+def _count(image: Image.Image) -> int:
+    """How many frames can be read; those behind a broken one are not counted."""
+    try:
+        return int(image.n_frames)
+    except BROKEN:
+        return 1
 
 
 def _is_clear(image: Image.Image) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 from lora_studio import data
 from lora_studio.errors import DataError, MachineError
 from lora_studio.pictures import staging
-from lora_studio.pictures.labels import CAPTIONS, MASKS, METADATA
+from lora_studio.pictures.labels import CAPTIONS, MASKS, METADATA, SOURCES
 from lora_studio.spec import Source
 
 KINDS = ((b"\x89PNG", ".png"), (b"\xff\xd8", ".jpg"), (b"GIF8", ".gif"), (b"BM", ".bmp"), (b"II*\0", ".tif"), (b"MM\0*", ".tif"))
@@ -26,7 +26,7 @@ def fetch(source: Source, cache: Path, *, limit: int | None = None) -> Path:
     if rows == 0:
         raise DataError("data.empty", path=source.path)
     known = [source.path, source.subset, source.split, source.revision, found._fingerprint, columns, rows]
-    for role in ("picture", "mask"):
+    for role in ("picture", "mask", "source"):
         if role in columns:
             # As they are stored: their bytes are checked like those of any other file before PIL decodes them.
             found = found.cast_column(columns[role], datasets.Image(decode=False))
@@ -48,11 +48,11 @@ def _columns(found, source: Source) -> dict[str, str]:
     pictures = [name for name, kind in found.features.items() if isinstance(kind, datasets.Image)]
     columns = dict(source.columns)
     if "picture" not in columns and pictures:
-        columns["picture"] = pictures[0]
-    if any(columns.get(role) not in pictures for role in ("picture", *(["mask"] if "mask" in columns else []))):
+        columns["picture"] = next((name for name in pictures if name not in (*MASKS, *SOURCES)), pictures[0])
+    if any(columns.get(role) not in pictures for role in ("picture", *(role for role in ("mask", "source") if role in columns))):
         raise DataError("picture.hub_column", id=source.path, columns=listed)
-    for role, usual in (("caption", CAPTIONS), ("mask", MASKS)):
-        column = next((name for name in usual if name in (pictures if role == "mask" else found.column_names)), None)
+    for role, usual in (("caption", CAPTIONS), ("mask", MASKS), ("source", SOURCES)):
+        column = next((name for name in usual if name in (found.column_names if role == "caption" else pictures)), None)
         if role not in columns and column is not None and column != columns["picture"]:
             columns[role] = column
     return columns
@@ -62,12 +62,12 @@ def _write(found, columns: dict[str, str], folder: Path, source: Source) -> dict
     """Write the rows as picture files and one metadata file; the size of each. Raises DataError, MachineError."""
     sizes, rows, total = {}, [], 0
     # Under the names that source.columns gives, or else the usual ones.
-    named = {"picture": "file_name", "caption": CAPTIONS[0], "mask": MASKS[0]} | source.columns
+    named = {"picture": "file_name", "caption": CAPTIONS[0], "mask": MASKS[0], "source": SOURCES[0]} | source.columns
     for index, row in enumerate(found):
         said = {named["caption"]: _caption(row[columns["caption"]])} if "caption" in columns else {}
-        for role in ("picture", "mask"):
+        for role in ("picture", "mask", "source"):
             content = _bytes_of(row[columns[role]]) if role in columns else None
-            if content is None and role == "mask":
+            if content is None and role != "picture":
                 continue
             content = content or b""  # a row without its picture is counted like an empty file
             total += len(content)

@@ -1,4 +1,4 @@
-"""Which caption and which mask belong to which picture of a folder: metadata files, files beside pictures, and their names."""
+"""Which caption, mask and source belong to which picture of a folder: metadata files, files beside pictures, and their names."""
 
 import posixpath
 from collections import defaultdict
@@ -16,9 +16,11 @@ METADATA = ("metadata.jsonl", "metadata.csv")
 BESIDE = (".txt", ".caption")
 CAPTIONS = ("text", "caption", "prompt")
 MASKS = ("mask_file_name", "mask")
-ROLES = ("picture", "caption", "mask")
+SOURCES = ("source_file_name", "control_file_name", "control", "control_image", "source_image", "input_image")
+ROLES = ("picture", "caption", "mask", "source")
 MASK_ENDINGS = ("-masklabel", "_mask", "-mask", ".mask")
 MASK_FOLDERS = ("mask", "masks")
+SOURCE_FOLDERS = ("control", "controls", "source", "sources")
 LONGEST = 64 << 10
 
 
@@ -28,6 +30,7 @@ class Row:
 
     caption: str | None = None
     mask: str | None = None
+    source: str | None = None
     problem: str | None = None
 
 
@@ -38,8 +41,10 @@ class Labels:
     rows: dict[str, Row] = field(default_factory=dict)
     masks: dict[str, str] = field(default_factory=dict)
     """The mask of a picture, found by its name."""
+    sources: dict[str, str] = field(default_factory=dict)
+    """The picture that a picture was made of, found by its name."""
     no_pictures: set[str] = field(default_factory=set)
-    """Files that are masks, and so are not pictures themselves."""
+    """Files that are masks or sources, and so are not pictures themselves."""
     skipped: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     notes: list[str] = field(default_factory=list)
 
@@ -58,6 +63,7 @@ def read(files: dict[str, Path], source: Source) -> Labels:
         else:
             _read_metadata(name, files, source, labels)
     _find_masks(files, labels)
+    _find_sources(files, labels)
     _find_orphans(files, labels)
     pictures = [name for name in sorted(files) if _is_picture(name) and name not in labels.no_pictures]
     strays = [name for name in pictures if name not in labels.rows]
@@ -83,6 +89,15 @@ def mask_of(name: str, files: dict[str, Path], labels: Labels) -> Path | None:
     found = row.mask or labels.masks.get(name)
     if found is not None and found not in files:
         raise Skip(reasons.MASK_BROKEN)
+    return None if found is None else files[found]
+
+
+def source_of(name: str, files: dict[str, Path], labels: Labels) -> Path | None:
+    """The picture that a picture was made of, if it has one. Raises Skip when the metadata names one that is not there."""
+    row = labels.rows.get(name, Row())
+    found = row.source or labels.sources.get(name)
+    if found is not None and found not in files:
+        raise Skip(reasons.SOURCE_BROKEN)
     return None if found is None else files[found]
 
 
@@ -139,7 +154,7 @@ def _read_metadata(name: str, files: dict[str, Path], source: Source, labels: La
 
 def _columns(name: str, present: tuple[str, ...], source: Source) -> dict[str, str]:
     """The column of each role that has one. Raises DataError."""
-    usual = {"picture": ("file_name",), "caption": CAPTIONS, "mask": MASKS}
+    usual = {"picture": ("file_name",), "caption": CAPTIONS, "mask": MASKS, "source": SOURCES}
     columns = {}
     for role in ROLES:
         wanted = (source.columns[role],) if role in source.columns else usual[role]
@@ -152,8 +167,11 @@ def _columns(name: str, present: tuple[str, ...], source: Source) -> dict[str, s
 
 
 def _row(name: str, row: dict, columns: dict[str, str], files: dict[str, Path]) -> Row:
-    said, mask = row.get(columns.get("caption")), row.get(columns.get("mask"))
-    found = Row(mask=(_inside(name, mask, files) or mask) if isinstance(mask, str) and mask.strip() else None)
+    said, others = row.get(columns.get("caption")), {}
+    for role in ("mask", "source"):
+        other = row.get(columns.get(role))
+        others[role] = (_inside(name, other, files) or other) if isinstance(other, str) and other.strip() else None
+    found = Row(**others)
     if isinstance(said, list | dict):
         found.problem = reasons.CAPTION_KIND
     elif said is not None:
@@ -201,6 +219,25 @@ def _find_masks(files: dict[str, Path], labels: Labels) -> None:
         picture, mask = min(labels.masks.items())
         words = "1 picture has" if len(labels.masks) == 1 else f"{len(labels.masks)} pictures have"
         labels.notes.append(f"{words} a mask, by its name (first: {shown(picture)} has {shown(mask)}). What is white there is learnt.")
+
+
+def _find_sources(files: dict[str, Path], labels: Labels) -> None:
+    """Sources by their names: control/a.png below a.jpg; and those of the metadata."""
+    targets = defaultdict(list)
+    for name in files:
+        if _is_picture(name) and name not in labels.no_pictures:
+            targets[posixpath.splitext(name)[0]].append(name)
+    for stem, names in sorted(targets.items()):
+        folder, last = posixpath.split(stem)
+        if posixpath.basename(folder) in SOURCE_FOLDERS:
+            for picture in targets.get(posixpath.join(posixpath.dirname(folder), last), ()):
+                labels.sources[picture] = names[0]
+    found = {*labels.sources.values(), *(row.source for row in labels.rows.values() if row.source)}
+    labels.no_pictures |= found - labels.rows.keys()
+    if labels.sources:
+        picture, source = min(labels.sources.items())
+        words = "1 picture has" if len(labels.sources) == 1 else f"{len(labels.sources)} pictures have"
+        labels.notes.append(f"{words} a source, by its name (first: {shown(picture)} is made of {shown(source)}). Editing models learn the way from one to the other.")
 
 
 def _find_orphans(files: dict[str, Path], labels: Labels) -> None:

@@ -28,6 +28,7 @@ CAPTION_LONG = "with a caption of more than 64 KB"
 CAPTION_KIND = "whose caption is not a text"
 MASK_BROKEN = "with a mask that cannot be read"
 MASK_SHAPE = "with a mask of another shape"
+SOURCE_BROKEN = "with a source picture that cannot be read"
 NOT_THERE = "named in the metadata, but not there"
 OUTSIDE = "named in the metadata, but outside the folder"
 NAMELESS = "rows of the metadata without a file name"
@@ -53,6 +54,7 @@ ADVICE = {
     CAPTION_KIND: "write one text a row",
     MASK_BROKEN: "save the mask again as PNG",
     MASK_SHAPE: "make it as wide and high as the picture",
+    SOURCE_BROKEN: "save the source picture again as PNG",
     NOT_THERE: "add the files, or delete their rows",
     OUTSIDE: "copy the files into the folder",
     NAMELESS: "fill in file_name",
@@ -77,6 +79,13 @@ class Picture:
     mask: Path | None = None
     """A picture of the same shape: white is learnt, black is not."""
     mask_digest: str = ""
+    source: Path | None = None
+    """For editing models: the picture that this one was made of, as its caption says."""
+    source_digest: str = ""
+    frames: int = 1
+    """How many frames it has: 1 is a still picture."""
+    files: tuple[Path, ...] = ()
+    """The frames of a clip that is a folder of them."""
 
 
 @dataclass
@@ -122,7 +131,8 @@ def fingerprint(pictures: list[Pictures], task: ImageTask) -> str:
         {
             "trigger": group.trigger,
             "repeats": group.repeats,
-            "items": [[picture.digest, picture.caption, picture.mask_digest] for picture in group.items],
+            "prior": group.source.prior,
+            "items": [[picture.digest, picture.caption, picture.mask_digest, picture.source_digest] for picture in group.items],
         }
         for group in pictures
     ]

@@ -1,16 +1,17 @@
 """Where pictures come from: folders, metadata files, kohya's folders, archives and Hub data sets, looked at picture by picture."""
 
+import hashlib
 import os
 import posixpath
 import re
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lora_studio import data
 from lora_studio.errors import DataError
 from lora_studio.home import presets_folder
-from lora_studio.pictures import archives, buckets, decoding, hub_sets, labels
+from lora_studio.pictures import archives, buckets, clips, decoding, hub_sets, labels
 from lora_studio.pictures import picture as reasons
 from lora_studio.pictures.decoding import SUFFIXES, Look
 from lora_studio.pictures.labels import Labels
@@ -39,7 +40,7 @@ def collect(spec: TrainSpec, *, cache: Path, limit: int | None = None, decode: b
     """
     found, digests = [], {}
     for source in spec.data:
-        found += _groups(source, spec.task, _folder_of(source, cache, limit), limit, decode)
+        found += _groups(source, spec.task, folder_of(source, cache, limit), limit, decode)
     for group in found:
         _note_copies(group, digests)
     return found
@@ -52,7 +53,8 @@ def locate(path: str) -> Path | str:
     return data.locate(path)
 
 
-def _folder_of(source: Source, cache: Path, limit: int | None) -> Path:
+def folder_of(source: Source, cache: Path, limit: int | None = None) -> Path:
+    """The folder with a source's files; archives and Hub data sets are unpacked into `cache`. Raises DataError."""
     place = locate(source.path)
     if isinstance(place, str):
         if place.startswith("demo/") or place.lower().endswith(".zip"):
@@ -106,9 +108,12 @@ def kohya(name: str) -> tuple[str, int, str] | None:
 
 def _groups(source: Source, task: ImageTask, folder: Path, limit: int | None, decode: bool) -> list[Pictures]:
     """The groups of one source. Raises DataError when nothing usable is left."""
-    listed = listing(folder)
+    listed, frames = listing(folder), {}
+    if task.frames > 1:
+        listed.files, frames = clips.gathered(listed.files)
     known = labels.read(listed.files, source)
-    names = sorted((name for name in listed.files if _suffix(name) in (*SUFFIXES, *FOREIGN) and name not in known.no_pictures), key=_name)
+    names = [name for name in listed.files if (_suffix(name) in (*SUFFIXES, *FOREIGN) or name in frames) and name not in known.no_pictures]
+    names.sort(key=_name)
     names = names[: min(number for number in (limit, source.cap, len(names)) if number is not None)]
     groups: dict[tuple[str, int, str] | None, Pictures] = {}
     looks: dict[str, Look] = {}
@@ -116,6 +121,8 @@ def _groups(source: Source, task: ImageTask, folder: Path, limit: int | None, de
         group = groups.setdefault(kohya(_name(name)), Pictures(source, [], {}, []))
         try:
             found, looks[_name(name)] = _picture(name, listed.files, known, decode)
+            if name in frames:
+                found = _clip(found, frames[name], decode)
             group.items.append(found)
         except Skip as reason:
             group.skipped.setdefault(str(reason), []).append(_name(name))
@@ -139,6 +146,8 @@ def _finished(source: Source, task: ImageTask, groups: dict, looks: dict[str, Lo
         group.trigger = place[2] if place else ""
         if place:
             group.notes.append(f"{shown(place[0])} is read as a kohya folder: repeats {place[1]}, trigger {shown(place[2])}.")
+            if not source.prior and "reg" in place[0].split("/")[:-1]:
+                group.notes.append(f"{shown(place[0])} looks like kohya's class pictures. Give the folder reg as a source of its own, with prior: true.")
         group.notes += _notes(group, task, looks)
     first.notes += notes
     return full
@@ -151,7 +160,22 @@ def _picture(name: str, files: dict[str, Path], known: Labels, decode: bool) -> 
     seen = decoding.look(files[name], decode=decode)
     text, mask = labels.caption_of(name, files, known), labels.mask_of(name, files, known)
     mask_digest = "" if mask is None else _mask_digest(mask, seen, decode)
-    return Picture(files[name], _name(name), text, seen.width, seen.height, seen.digest, mask, mask_digest), seen
+    source = labels.source_of(name, files, known)
+    source_digest = "" if source is None else _source_digest(source, decode)
+    return Picture(files[name], _name(name), text, seen.width, seen.height, seen.digest, mask, mask_digest, source, source_digest, seen.frames), seen
+
+
+def _source_digest(source: Path, decode: bool) -> str:
+    try:
+        return decoding.look(source, decode=decode).digest
+    except Skip:
+        raise Skip(reasons.SOURCE_BROKEN) from None
+
+
+def _clip(first: Picture, files: tuple[Path, ...], decode: bool) -> Picture:
+    """The clip of a folder of frames, by its first one; a broken frame makes the clip unusable. Raises Skip."""
+    digests = [decoding.look(file, decode=decode).digest for file in files]
+    return replace(first, files=files, frames=len(files), digest=hashlib.sha256(" ".join(digests).encode()).hexdigest())
 
 
 def _mask_digest(mask: Path, picture: Look, decode: bool) -> str:
@@ -169,21 +193,35 @@ def _notes(group: Pictures, task: ImageTask, looks: dict[str, Look]) -> list[str
     """What is worth a warning about the pictures that are used."""
     named = bool(task.trigger or task.prefix or group.trigger)
     alone = "They are learnt under the trigger and the prefix alone." if named else "Write captions, or set task.trigger."
+    if group.source.prior:
+        alone = "They are learnt under what their class is called." if group.trigger or task.prior_prompt else "Write captions, or set task.prior_prompt."
     small, narrow = [], []
+    missing: dict[int, list[str]] = {edge: [] for edge in task.more_resolutions}
     for item in group.items:
         wide, high = buckets.bucket(item.width, item.height, task)
         if wide > item.width or high > item.height:
             small.append(f"{shown(item.name)}, {item.width}×{item.height} to {wide}×{high}")
+        for edge in set(missing) - set(buckets.edges(item.width, item.height, task)):
+            missing[edge].append(f"{shown(item.name)}, {item.width}×{item.height}")
         if task.buckets and buckets.beyond(item.width, item.height):
             narrow.append(f"{shown(item.name)}, {item.width}×{item.height}")
     facts = [
         ("without a caption", [shown(item.name) for item in group.items if not item.caption], alone),
         ("smaller than what is trained, and enlarged", small, "Use larger ones, or lower task.resolution."),
+        *((f"too small for {edge} px, and not shown at it", names, "Use larger ones, or leave it so.") for edge, names in missing.items()),
         (f"narrower than 1:{buckets.WIDEST}, and cut", narrow, "Crop them yourself, so that what matters is kept."),
-        ("animated or of several pages", [shown(item.name) for item in group.items if looks[item.name].animated], "The first is used."),
+        *_notes_of_frames(group, task, looks),
         ("partly transparent", [shown(item.name) for item in group.items if looks[item.name].transparent], "White is put behind."),
     ]
     return [f"{_are(names)} {what} (first: {names[0]}). {advice}" for what, names, advice in facts if names]
+
+
+def _notes_of_frames(group: Pictures, task: ImageTask, looks: dict[str, Look]) -> list[tuple[str, list[str], str]]:
+    """What is worth a warning about clips."""
+    if task.frames == 1:
+        return [("animated or of several pages", [shown(item.name) for item in group.items if looks[item.name].animated], "The first is used.")]
+    short = [f"{shown(item.name)}, {item.frames} to {clips.length(item, task)}" for item in group.items if clips.length(item, task) < task.frames]
+    return [(f"shorter than {task.frames} frames, and shown with fewer", short, "Use longer ones, or lower task.frames.")]
 
 
 def _note_copies(group: Pictures, digests: dict[str, str]) -> None:

@@ -19,9 +19,11 @@ class Base(Part):
     """The model the adapter is trained on."""
 
     id: Annotated[str, Field(min_length=1)] = "demo-text"
-    """A Hub id (owner/name), the folder of a model on this machine, or demo-text, the small base that comes with the studio."""
+    """A Hub id (owner/name), the folder of a model here, a Stable Diffusion model in one .safetensors file, or demo-text, the small base that comes along."""
     revision: str | None = None
     """Branch, tag or commit of a Hub model. A commit makes a run repeatable."""
+    assistant: Annotated[str, Field(min_length=1)] | None = None
+    """For models distilled to a few steps (Z-Image-Turbo): an adapter that is on while the run learns and off in its pictures. A folder, file, library id or Hub id."""
 
 
 class Source(Part):
@@ -41,6 +43,8 @@ class Source(Part):
     """How often an epoch shows each row: 2 shows it twice, 0.5 shows another half of the rows each epoch."""
     cap: Annotated[int, Field(ge=1)] | None = None
     """At most this many rows, taken from the top."""
+    prior: bool = False
+    """Class pictures (kohya's reg folder): others of the same class, so that it is not forgotten. An epoch shows as many as of the rest."""
 
 
 class Lora(Part):
@@ -70,7 +74,9 @@ class Optim(Part):
     lr: Annotated[float, Field(gt=0, le=100)] = 2e-4
     """The rate of A, and without LoRA+ of B too."""
     lora_plus_ratio: Annotated[float, Field(gt=1, le=1000)] | None = None
-    """LoRA+: B learns at this multiple of lr; 16 is usual, with lr about 8 times lower. null is plain LoRA."""
+    """LoRA+: B learns at this multiple of lr; 16 is usual for text, with lr about 8 times lower, and 4 for pictures, with lr halved. null is plain LoRA."""
+    text_encoder_lr: Annotated[float, Field(gt=0, le=100)] | None = None
+    """The rate of the text encoders' A where task.text_encoder is on; half of lr is usual. null takes lr."""
     weight_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Decoupled weight decay of A and B; never of biases and magnitudes."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -111,6 +117,14 @@ class Compute(Part):
     """Use the studio's faster layers where they are proven equal."""
     checkpointing: bool = False
     """Gradient checkpointing: less memory, about a third more time."""
+    quantize: Literal["none", "8bit", "4bit"] = "none"
+    """Keep an image base in 8 or 4 bits (bitsandbytes, NVIDIA only): half or a quarter of the memory, somewhat slower."""
+    encoders: Literal["auto", "cpu", "4bit"] = "auto"
+    """Where an image model's text encoders work before the first step: auto on the device, cpu in main memory, 4bit on the device in 4 bits."""
+    block_swap: Annotated[int, Field(ge=0)] = 0
+    """Blocks of an image base that stay in main memory and visit the card for their turn, for bases larger than the card. Needs checkpointing."""
+    compile: bool = False
+    """Compile the blocks of an image base: some minutes at the start, then faster steps. Not on every machine."""
     threads: Annotated[int, Field(ge=1)] | None = None
     """CPU threads. null takes all cores."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0

@@ -2,10 +2,40 @@
 
 from lora_studio.spec.tasks import Part
 
+# Settings outside of task that only one kind of model has a use for. A form hides them from the other.
+OF_LANGUAGE = ("compute.packing", "output.sample_tokens")
+OF_PICTURES = ("compute.quantize", "compute.encoders", "compute.block_swap", "compute.compile")
+
+
+def foreign(kind: str) -> tuple[str, ...]:
+    """The settings outside of task that do nothing for a kind of task."""
+    return OF_LANGUAGE if kind == "image" else OF_PICTURES
+
 
 def changed(part: Part, field: str) -> bool:
     """Whether a field differs from its default."""
     return getattr(part, field) != type(part).model_fields[field].get_default()
+
+
+def _is_image(spec) -> bool:
+    return spec.task.kind == "image"
+
+
+def _has_prior(spec) -> bool:
+    """Whether there are class pictures, given or to be drawn."""
+    return any(source.prior for source in spec.data) or spec.task.prior_pictures > 0
+
+
+def needs_gpu(spec) -> list[str]:
+    """The settings that an NVIDIA GPU is needed for."""
+    compute = spec.compute
+    asked = {"compute.quantize": compute.quantize != "none", "compute.encoders": compute.encoders == "4bit", "compute.block_swap": compute.block_swap > 0}
+    return [field for field, is_asked in asked.items() if is_asked]
+
+
+def _repeated(spec) -> bool:
+    edges = [spec.task.resolution, *spec.task.more_resolutions]
+    return len(set(edges)) < len(edges)
 
 
 # (field, the setting has no effect there, what to say)
@@ -21,7 +51,80 @@ NO_EFFECT = [
             lambda spec, path=path: spec.task.kind == "image" and changed(getattr(spec, path.partition(".")[0]), path.partition(".")[2]),
             f"{path} has no effect on pictures. Remove it.",
         )
-        for path in ("compute.packing", "compute.fused", "output.sample_tokens")
+        for path in OF_LANGUAGE
+    ),
+    *(
+        (
+            path,
+            lambda spec, path=path: not _is_image(spec) and changed(spec.compute, path.partition(".")[2]),
+            f"{path} has an effect on image models only. Remove it.",
+        )
+        for path in OF_PICTURES
+    ),
+    (
+        "compute.block_swap",
+        lambda spec: spec.compute.block_swap > 0 and not spec.compute.checkpointing,
+        "compute.block_swap has no effect without compute.checkpointing, which lets go of a block before the next. Set it, or remove block_swap.",
+    ),
+    (
+        "compute.block_swap",
+        lambda spec: spec.compute.block_swap > 0 and (spec.compute.quantize != "none" or spec.compute.compile),
+        "compute.block_swap does not go with compute.quantize or compute.compile. Keep one of them.",
+    ),
+    (
+        "data",
+        lambda spec: not _is_image(spec) and any(source.prior for source in spec.data),
+        "prior has an effect on sources of pictures only. Remove it.",
+    ),
+    (
+        "data",
+        lambda spec: _is_image(spec) and all(source.prior for source in spec.data),
+        "Every source is one of class pictures (prior: true), so there is nothing to learn. Add the pictures that are meant.",
+    ),
+    (
+        "task.prior_weight",
+        lambda spec: _is_image(spec) and changed(spec.task, "prior_weight") and not _has_prior(spec),
+        "task.prior_weight has no effect without class pictures. Mark a source with prior: true, or remove it.",
+    ),
+    (
+        "task.prior_prompt",
+        lambda spec: _is_image(spec) and spec.task.prior_prompt is not None and not _has_prior(spec),
+        "task.prior_prompt has no effect without class pictures. Set task.prior_pictures, mark a source with prior: true, or remove it.",
+    ),
+    (
+        "task.prior_pictures",
+        lambda spec: _is_image(spec) and spec.task.prior_pictures > 0 and any(source.prior for source in spec.data),
+        "task.prior_pictures has no effect beside a source of class pictures. Keep one of them.",
+    ),
+    (
+        "task.prior_pictures",
+        lambda spec: _is_image(spec) and spec.task.prior_pictures > 0 and not (spec.task.prior_prompt or "").strip(),
+        "task.prior_pictures needs task.prior_prompt, from which they are drawn. Set it, or remove prior_pictures.",
+    ),
+    (
+        "task.more_resolutions",
+        lambda spec: _is_image(spec) and _repeated(spec),
+        "task.more_resolutions names an edge twice, or names task.resolution. Each has an effect once.",
+    ),
+    (
+        "task.frames",
+        lambda spec: _is_image(spec) and spec.task.frames % 4 != 1,
+        "task.frames must be one more than a multiple of 4, such as 5, 9 or 17: what is beyond that would not be seen. Change it.",
+    ),
+    (
+        "task.shift",
+        lambda spec: _is_image(spec) and spec.task.shift != "auto" and spec.task.timesteps == "sigmoid",
+        "task.shift has no effect beside task.timesteps sigmoid, which has none. Choose logit_normal, or remove it.",
+    ),
+    (
+        "base.assistant",
+        lambda spec: spec.base.assistant is not None and not _is_image(spec),
+        "base.assistant has an effect on pictures only. Remove it.",
+    ),
+    (
+        "optim.text_encoder_lr",
+        lambda spec: spec.optim.text_encoder_lr is not None and not (_is_image(spec) and spec.task.text_encoder),
+        "optim.text_encoder_lr has no effect without task.text_encoder. Set task.text_encoder, or remove it.",
     ),
     (
         "task.bucket_step",
@@ -65,7 +168,7 @@ NO_EFFECT = [
     ),
     (
         "base.revision",
-        lambda spec: spec.base.revision is not None and spec.base.id.startswith(("demo-", "/", ".", "~")),
+        lambda spec: spec.base.revision is not None and (spec.base.id.startswith(("demo-", "/", ".", "~")) or spec.base.id.endswith(".safetensors")),
         "base.revision has no effect on a local base. Remove it.",
     ),
 ]

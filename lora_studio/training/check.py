@@ -35,18 +35,16 @@ def check(spec: TrainSpec) -> dict:
 
 def check_pictures(spec: TrainSpec) -> dict:
     """Decode every picture of a spec: {facts, problems}."""
-    from lora_studio.training import image
+    from lora_studio.training.showing import Show
 
     problems: list[Problem] = []
     facts: dict[str, object] = {}
     try:
         info = inspect(spec.base)
         found = pictures.collect(spec, cache=home() / "cache" / "archives")
-        train, held_out = image.hold_out(spec, found)
-        counts, repeats = tuple(map(len, train)), tuple(one.repeats for one in found)
-        plan = order.Plan(counts, repeats, spec.schedule.batch_size, spec.schedule.accumulate, spec.compute.seed)
-        steps = spec.schedule.steps or plan.steps(spec.schedule.epochs)
-        facts = {"rows_train": sum(counts), "rows_validation": len(held_out), "steps": steps, "targets": info.targets(spec.method.targets)}
+        show = Show(spec, found)
+        steps = spec.schedule.steps or show.plan(more=spec.task.prior_pictures).steps(spec.schedule.epochs)
+        facts = {"rows_train": sum(show.counts), "rows_validation": len(show.judged), "steps": steps, "targets": info.targets(spec.method.targets)}
         for one in found:
             if one.skipped:
                 problems.append(Problem("data", f"{one.source.path}: left out are {one.skipped_in_words()}.", "warning"))

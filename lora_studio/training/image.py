@@ -6,6 +6,7 @@ first step; while the run goes on only the part that is trained is in memory, bu
 
 import logging
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,45 +14,39 @@ import torch
 from torch import Tensor
 
 from lora_studio import bases, families, pictures
-from lora_studio.errors import DataError
+from lora_studio.errors import MachineError
 from lora_studio.home import home
+from lora_studio.pictures.samples import save_sample
 from lora_studio.spec import TrainSpec
-from lora_studio.training import latents, objectives, order
-from lora_studio.training.image_families import FAMILIES, Conditions, drawn
+from lora_studio.spec.idle import needs_gpu
+from lora_studio.training import assistants, blocks, fused_image, latents, masks, objectives, order, pairs, priors
+from lora_studio.training.image_families import FAMILIES, Conditions, film
 from lora_studio.training.pipelines import load_part, load_pipeline, load_scheduler
-from lora_studio.training.samples import save_sample
+from lora_studio.training.showing import Show, Shown
 from lora_studio.training.text import choose_dtype
+from lora_studio.training.text_encoders import Texts
+from lora_studio.workspace import Workspace
 
 # Each held-out picture is judged at these places of the noise schedule, with noise that is the same every time.
 PLACES = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
-@dataclass(frozen=True)
-class Shown:
-    """One picture as the model is shown it: which, at what size, which part of it, mirrored or not, under which caption."""
-
-    picture: pictures.Picture
-    size: tuple[int, int]
-    crop: str
-    crop_seed: int
-    flip: bool
-    caption: str
-
-    @property
-    def key(self) -> str:
-        """What its latents are known by."""
-        return f"{self.picture.digest}/{self.size}/{self.crop}/{self.crop_seed}/{self.flip}"
-
-
 @dataclass
 class Group:
-    """Pictures of one size on the device: latents (b, ...), noise like them, places in the schedule (b,), conditions with a batch axis."""
+    """Pictures of one size on the device: latents (b, ...), noise like them, places in the schedule (b,), conditions with a batch axis
+    (none where text encoders are trained, which read the captions anew);
+    how far the places are moved, how much each picture counts (b,), and each place of it (b, h, w) where some have a mask."""
 
     latents: Tensor
     noise: Tensor
     places: Tensor
     conditions: Conditions
     size: tuple[int, int]
+    shift: float = 1.0
+    weights: Tensor | None = None
+    masks: Tensor | None = None
+    captions: tuple[str, ...] = ()
+    source: Tensor | None = None
 
 
 class ImageTask:
@@ -71,39 +66,93 @@ class ImageTask:
         self.base = bases.fetch(self.spec.base)
         self.info = bases.inspect(self.spec.base)
         self.family = FAMILIES[self.info.pipeline]
+        if self.info.note:
+            self.note(self.info.note)
         self.timesteps = families.timesteps(self.info.pipeline, self.spec.task.timesteps)
         for _, error in families.misfits(self.info.pipeline, self.spec):
             raise error
-        collected = pictures.collect(self.spec, cache=home() / "cache" / "archives")
+        for field in needs_gpu(self.spec):
+            if self.device.type != "cuda":
+                raise MachineError("machine.needs_gpu", field=field, device=str(self.device))
+        self.guidance = self.spec.task.guidance or families.guidance(self.spec.base.id, self.info.pipeline)
+        self.prints = {"base": latents.print_of(self.base, ("",))}
+        self.store = latents.Store(home() / "cache" / "latents", self.base, self.info.pipeline, self.device, encoders=self.spec.compute.encoders)
+        collected = pictures.collect(self._with_priors(), cache=home() / "cache" / "archives")
         for found in collected:
             for sentence in found.notes:
                 self.note(sentence)
             if found.skipped:
                 self.note(f"{found.source.path}: left out are {found.skipped_in_words()}.")
-        self.train, self.judged = hold_out(self.spec, collected)
-        self.triggers = [found.trigger for found in collected]
-        self.counts = tuple(len(items) for items in self.train)
-        self.weights = tuple(found.repeats for found in collected)
+        self.texts = None
+        if self.spec.task.text_encoder:
+            self.texts = Texts(self.base, self.info.pipeline, self.family, device=self.device, dtype=self.dtype)
+        if self.family.edit:
+            pairs.refuse_halves(self.spec.base.id, collected)
+        self.show = Show(self.spec, collected)
+        self.train, self.judged, self.counts, self.weights = self.show.train, self.show.judged, self.show.counts, self.show.weights
         self.held_out = len(self.judged)
-        self.prints = {"base": latents.print_of(self.base, ("",)), "rows": pictures.fingerprint(collected, self.spec.task)}
+        self.prints["rows"] = pictures.fingerprint(collected, self.spec.task)
         self._prepare()
-        model = load_part(self.base, self.family.component, self.dtype, self.spec.base.id)
+        model = self._part()
         self.objective = self.family.objective(load_scheduler(self.base))
-        return model.to(self.device)
+        self.assistant = assistants.of_run(self.spec.base, model, Workspace(self.folder.parent.parent), self.device)
+        if self.assistant:
+            self.prints["assistant"] = self.assistant.print
+            self.note(f"{self.spec.base.assistant} is on while the run learns, and off in its pictures and in what it saves.")
+        if self.texts:
+            model = self.texts.load(model, self.spec.base.id)
+            model.encoders.to(self.device)
+        return model
+
+    def _part(self) -> torch.nn.Module:
+        """The part that is trained, frozen, where it will be used."""
+        compute, id = self.spec.compute, self.spec.base.id
+        model = load_part(self.base, self.family.component, self.dtype, id, **blocks.options(compute.quantize, self.dtype, self.device))
+        self.swap = blocks.place(model, compute, self.device, id)
+        return model
+
+    def _with_priors(self) -> TrainSpec:
+        """The spec with the class pictures that are to be drawn as a source, drawn."""
+        if not self.spec.task.prior_pictures:
+            return self.spec
+        source, made = priors.prepare(
+            self.spec, self.prints["base"], self.guidance, family=self.family, ask=lambda: self._asked(self.spec.task.prior_prompt.strip()),
+            load=self._whole,
+        )  # fmt: skip
+        self.swap = None
+        latents.let_go(self.device)
+        self.note(f"The base drew {made} class pictures." if made else f"{self.spec.task.prior_pictures} class pictures come from the cache.")
+        return self.spec.model_copy(update={"data": [*self.spec.data, source]})
+
+    def _asked(self, prompt: str) -> dict:
+        """A prompt and the empty one as the stock pipeline's arguments."""
+        known = self.store.embeddings(self.family, ["", prompt])
+        return self.family.ask(self._there(known[prompt]), self._there(known[""]))
+
+    def _whole(self):
+        """The stock pipeline with the untouched base in it."""
+        part = self._part().eval()
+        if self.swap:
+            self.swap.adopt()
+        return self._pipeline(part)
+
+    def _pipeline(self, part: torch.nn.Module):
+        """The stock pipeline around the part that is trained, without text encoders."""
+        pipeline = load_pipeline(self.base, self.info.pipeline, {self.family.component: part}, dtype=self.dtype)
+        pipeline.vae.to(self.device)
+        return pipeline
 
     def _prepare(self) -> None:
         """Latents of every picture and embeddings of every caption that the run will show, from the cache or made now."""
-        plan = order.Plan(self.counts, self.weights, self.spec.schedule.batch_size, self.spec.schedule.accumulate, self.spec.compute.seed)
-        steps, stream = self.spec.schedule.steps or plan.steps(self.spec.schedule.epochs), order.Stream(plan)
-        shown = [self._shown(draw) for step in range(steps) for batch in stream.step(step) for draw in batch]
-        shown += [self._judged(index) for index in range(self.held_out)]
+        shown = self.show.everything()
         captions = {one.caption for one in shown} | {"", *self.spec.output.sample_prompts}
-        store = latents.Store(home() / "cache" / "latents", self.base, self.info.pipeline, self.device)
-        self.embedded = store.embeddings(self.family, sorted(captions))
-        self.moments = store.moments(self.family, {one.key: one for one in shown})
-        made = store.made
+        self.embedded = {} if self.texts and self.texts.is_whole else self.store.embeddings(self.family, sorted(captions))
+        self.moments = self.store.moments(self.family, {one.key: one for one in (pairs.with_sources(shown) if self.family.edit else shown)})
+        masked = {(one.key, one.picture.mask_digest): one for one in shown if one.picture.mask and self.spec.task.outside_mask < 1}
+        self.masks = {key: masks.weights_of(one, self.moments[one.key][0], self.spec.task.outside_mask) for key, one in masked.items()}
+        made = self.store.made
         if made:
-            self.note(f"Encoded {made['pictures']} pictures and {made['captions']} captions; the VAE and the text encoders are out of memory again.")
+            self.note(f"Encoded {made['pictures']} pictures and {made['captions']} captions; {'the VAE is' if self.texts else 'the VAE and the text encoders are'} out of memory again.")
         else:
             self.note("Latents and embeddings come from the cache.")
 
@@ -115,25 +164,16 @@ class ImageTask:
         """Get the model ready for its first step. Returns how it goes, in words."""
         if self.spec.compute.checkpointing:
             model.get_base_model().enable_gradient_checkpointing()
-        sizes = sorted({one.size for source in range(len(self.train)) for one in map(self._plain, self.train[source])})
-        return f"latents and embeddings in memory; sizes {', '.join(f'{width}×{height}' for width, height in sizes[:8])}"
-
-    def _plain(self, picture: pictures.Picture, caption: str = "") -> Shown:
-        size = pictures.bucket(picture.width, picture.height, self.spec.task)
-        return Shown(picture, size, "center", 0, False, caption)
-
-    def _shown(self, draw: order.Draw) -> Shown:
-        """A picture as one place of the run shows it: everything random comes from the draw's seed."""
-        task, picture = self.spec.task, self.train[draw.source][draw.index]
-        caption = pictures.caption(picture, task, trigger=self.triggers[draw.source], seed=order.key(draw.seed, "caption"))
-        size = pictures.bucket(picture.width, picture.height, task)
-        flip = task.flip and order.key(draw.seed, "flip") % 2 == 1
-        crop_seed = order.key(draw.seed, "crop") if task.crop == "random" else 0
-        return Shown(picture, size, task.crop, crop_seed, flip, caption)
-
-    def _judged(self, index: int) -> Shown:
-        source, picture = self.judged[index]
-        return self._plain(picture, pictures.caption(picture, self.spec.task, trigger=self.triggers[source], seed=0, dropped=False))
+            if self.texts:
+                self.texts.prepare(model)
+        if self.swap:
+            self.swap.adopt()
+        if self.spec.compute.compile:
+            self.note(f"Compiling {blocks.compiled(model.get_base_model())} blocks; the first steps take minutes.")
+        fast = fused_image.install(model) if self.spec.compute.fused and not self.spec.compute.compile else {}
+        sizes = self.show.sizes()
+        how = f"fast {' and '.join(fast)}, " if fast else ""
+        return f"{how}latents and embeddings in memory; sizes {', '.join(f'{width}×{height}' for width, height in sizes[:8])}"
 
     # ---- what the loop asks
 
@@ -142,19 +182,26 @@ class ImageTask:
         rows = []
         for draw in draws:
             seed = order.key(draw.seed, "noise")
-            rows.append((self._shown(draw), seed, objectives.place(self.timesteps, _generator(order.key(draw.seed, "place")))))
-        return self._groups(rows)
+            rows.append((self.show.drawn(draw), seed, objectives.place(self.timesteps, _generator(order.key(draw.seed, "place")))))
+        groups = self._groups(rows)
+        for group in groups:
+            group.shift = self.objective.shift(self.spec.task.shift, self.timesteps, self._tokens(group.latents))
+        return groups
+
+    def _tokens(self, found: Tensor) -> float:
+        """How many tokens the part makes of a picture's latents."""
+        return found.shape[-2] * found.shape[-1] / families.of_pipeline(self.info.pipeline).patch ** 2
 
     def collate_held_out(self, indices: list[int]) -> list[Group]:
-        """Held-out pictures, each at every place of PLACES; the same every time."""
+        """Held-out pictures, each at every place of PLACES; the same every time, and whatever task.timesteps and task.shift are."""
         seeds = [(index, order.key(self.spec.compute.seed, "judge", index, number), place) for index in indices for number, place in enumerate(PLACES)]
-        return self._groups([(self._judged(index), seed, place) for index, seed, place in seeds])
+        return self._groups([(self.show.held_out(index), seed, place) for index, seed, place in seeds])
 
     def _groups(self, rows: Iterable[tuple[Shown, int, float]]) -> list[Group]:
         by_size: dict[tuple, list] = {}
         for row in rows:
-            by_size.setdefault(row[0].size, []).append(row)
-        return [self._group(size, members) for size, members in by_size.items()]
+            by_size.setdefault((row[0].size, row[0].frames), []).append(row)
+        return [self._group(size, members) for (size, _), members in by_size.items()]
 
     def _group(self, size: tuple[int, int], members: list[tuple[Shown, int, float]]) -> Group:
         made, noises = [], []
@@ -166,9 +213,18 @@ class ImageTask:
                 noise += self.spec.task.noise_offset * torch.randn((mean.shape[0], *[1] * (mean.ndim - 1)), generator=draw)
             made.append(mean if std is None else mean + std * torch.randn(mean.shape, generator=draw))
             noises.append(noise)
-        conditions = self._there(self.family.batch([self.embedded[shown.caption] for shown, _, _ in members]))
+        captions = [shown.caption for shown, *_ in members]
+        conditions = {} if self.texts else self._there(self.family.batch([self.embedded[caption] for caption in captions]))
         places = torch.tensor([place for *_, place in members])
-        return Group(torch.stack(made).to(self.device), torch.stack(noises).to(self.device), places, conditions, size)
+        found = Group(torch.stack(made).to(self.device), torch.stack(noises).to(self.device), places, conditions, size, captions=tuple(captions))
+        if self.family.edit:
+            found.source = torch.stack([self.moments[shown.source.key][0] for shown, *_ in members]).to(self.device, self.dtype)
+        if any(shown.weight != 1 for shown, *_ in members):
+            found.weights = torch.tensor([shown.weight for shown, *_ in members], device=self.device)
+        known = [self.masks.get((shown.key, shown.picture.mask_digest)) for shown, *_ in members]
+        if any(mask is not None for mask in known):
+            found.masks = torch.stack([torch.ones(made[0].shape[-2:]) if mask is None else mask for mask in known]).to(self.device)
+        return found
 
     def _there(self, conditions: Conditions) -> Conditions:
         """Conditions on the device, their numbers in the run's precision; masks stay what they are."""
@@ -183,45 +239,38 @@ class ImageTask:
         return int(self.units(batch))
 
     def loss(self, model: torch.nn.Module, batch: list[Group]) -> Tensor:
-        """The mean squared error of each picture, weighted, summed over the pictures."""
+        """The mean squared error of each picture, weighted by its mask, its step and its kind, summed over the pictures."""
         total = torch.zeros((), device=self.device)
         for group in batch:
-            mixed = self.objective.mix(group.latents, group.noise, group.places, self.spec.task.weighting)
-            said = self.family.predict(model, mixed.noisy.to(self.dtype), mixed.times, group.conditions, group.size)
-            errors = (said.float() - mixed.target).square().flatten(1).mean(1)
-            total = total + (errors * mixed.weight).sum()
+            mixed = self.objective.mix(group.latents, group.noise, group.places, self.spec.task.weighting, group.shift)
+            conditions = self._there(self.family.batch(self.texts.embed(model, list(group.captions), self.embedded))) if self.texts else group.conditions
+            conditions = conditions if group.source is None else conditions | {"source": group.source}
+            said = self.family.predict(model, mixed.noisy.to(self.dtype), mixed.times, conditions, group.size)
+            squares = (said.float() - mixed.target).square()
+            errors = squares.flatten(1).mean(1) if group.masks is None else masks.mean(squares, group.masks)
+            weight = mixed.weight if group.weights is None else mixed.weight * group.weights
+            total = total + (errors * weight).sum()
         return total
 
     def sample(self, model: torch.nn.Module, prompt: str, seed: int) -> str:
         """A picture for a prompt, written into samples/; the same weights give the same picture. Returns its name there."""
         task = self.spec.task
-        size = pictures.bucket(task.resolution, task.resolution, task)
-        pipeline = load_pipeline(self.base, self.info.pipeline, {self.family.component: model.get_base_model()}, dtype=self.dtype)
-        pipeline.vae.to(self.device)
-        asked = self.family.ask(self._there(self.embedded[prompt]), self._there(self.embedded[""])) | self.family.guide(task.guidance)
-        found = drawn(pipeline(**asked, num_inference_steps=task.sample_steps, width=size[0], height=size[1], generator=_generator(seed)))
-        return save_sample(self.folder / "samples", found, {"prompt": prompt, "seed": seed, "steps": task.sample_steps, "guidance": task.guidance})
+        pair = pairs.for_sample(self.show, prompt) if self.family.edit else None
+        size = pair.size if pair else pictures.bucket(task.resolution, task.resolution, task)
+        pipeline = self._pipeline(model.get_base_model())
+        known = self.texts.embed(model, [prompt, ""], self.embedded) if self.texts else (self.embedded[prompt], self.embedded[""])
+        asked = self.family.ask(*map(self._there, known)) | self.family.guide(self.guidance)
+        if task.frames > 1:
+            asked |= {"num_frames": task.frames}
+        if pair:
+            asked |= self.family.edit(self.moments[pair.source.key][0].to(self.device, self.dtype), size)
+        with self.assistant.away() if self.assistant else nullcontext():
+            found = film(pipeline(**asked, num_inference_steps=task.sample_steps, width=size[0], height=size[1], generator=_generator(seed)))
+        return save_sample(self.folder / "samples", found[0], more=found[1:], facts={"prompt": prompt, "seed": seed, "steps": task.sample_steps, "guidance": self.guidance})
 
     def extras(self) -> dict[str, bytes]:
         """Files that belong beside the adapter: none."""
         return {}
-
-
-def hold_out(spec: TrainSpec, collected: list[pictures.Pictures]) -> tuple[list[list], list[tuple[int, pictures.Picture]]]:
-    """The pictures of each source to train on, and those held out with their source: the same for the same pictures and seed, and none
-    that is held out is trained on, not even its double. Raises DataError."""
-    pool = [(source, picture) for source, found in enumerate(collected) for picture in found.items]
-    chosen = order.held_out(
-        [picture.digest for _, picture in pool], size=spec.validation.size, limit=spec.validation.limit, seed=spec.compute.seed
-    )
-    digests = {pool[index][1].digest for index in chosen}
-    train: list[list] = [[] for _ in collected]
-    for index, (source, picture) in enumerate(pool):
-        if index not in chosen and picture.digest not in digests:
-            train[source].append(picture)
-    if not any(train):
-        raise DataError("data.nothing_left", path=", ".join(found.source.path for found in collected), reasons="every picture is held out")
-    return train, [pool[index] for index in sorted(chosen)]
 
 
 def _generator(seed: int) -> torch.Generator:

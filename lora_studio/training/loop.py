@@ -309,7 +309,10 @@ class Trainer:
         size = self.spec.schedule.batch_size
         smaller = f"Set schedule.batch_size to {max(1, size // 2)} and schedule.accumulate to {self.spec.schedule.accumulate * 2}" if size > 1 else ""
         other = "" if self.spec.compute.checkpointing else "set compute.checkpointing to true"
-        shorter = f"lower task.max_length (now {getattr(self.spec.task, 'max_length', 0)})"
+        if self.spec.task.kind == "image":
+            shorter = f"lower task.resolution (now {self.spec.task.resolution}), or set compute.quantize or compute.block_swap"
+        else:
+            shorter = f"lower task.max_length (now {self.spec.task.max_length})"
         return ", or ".join(part for part in (smaller, other, shorter) if part) + "."
 
 

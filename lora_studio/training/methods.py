@@ -14,7 +14,7 @@ from safetensors.torch import save
 from lora_studio.adapters import pipeline_files
 from lora_studio.errors import BaseModelError
 from lora_studio.spec import TrainSpec
-from lora_studio.training import optim, order
+from lora_studio.training import optim, order, text_encoders
 
 ADAPTER = "default"
 
@@ -36,8 +36,17 @@ class Method:
     after_step: Callable = _nothing
 
 
-def attach_lora(model: torch.nn.Module, spec: TrainSpec, targets: list[str]) -> peft.PeftModel:
-    """Put LoRA on the layers whose names end with `targets`. A is Kaiming-uniform or Gaussian, B is zero."""
+def attach_lora(model: torch.nn.Module, spec: TrainSpec, targets: list[str]) -> torch.nn.Module:
+    """Put LoRA on the layers whose names end with `targets`, and on those of the text encoders that are trained too. A is
+    Kaiming-uniform or Gaussian, B is zero."""
+    main, encoders = text_encoders.split(model)
+    wrapped = _attach(main, spec, targets, "init")
+    if not encoders:
+        return wrapped
+    return text_encoders.Parts(wrapped, {name: _attach(one, spec, text_encoders.targets_in(one), "init", name) for name, one in encoders.items()})
+
+
+def _attach(model: torch.nn.Module, spec: TrainSpec, targets: list[str], *seed: str) -> peft.PeftModel:
     method = spec.method
     config = peft.LoraConfig(
         r=method.rank,
@@ -48,7 +57,7 @@ def attach_lora(model: torch.nn.Module, spec: TrainSpec, targets: list[str]) -> 
         init_lora_weights=True if method.init == "kaiming" else "gaussian",
         task_type=None if spec.task.kind == "image" else "CAUSAL_LM",
     )
-    torch.manual_seed(order.key(spec.compute.seed, "init"))
+    torch.manual_seed(order.key(spec.compute.seed, *seed))
     try:
         wrapped = peft.get_peft_model(model, config, adapter_name=ADAPTER)
     except ValueError as error:
@@ -66,18 +75,27 @@ def group_parameters(model: torch.nn.Module, spec: TrainSpec) -> list[dict]:
     return optim.groups(model.named_parameters(), spec.optim)
 
 
-def finish_peft(model: peft.PeftModel, spec: TrainSpec) -> dict[str, bytes]:
-    """The files of a PEFT folder: the adapter in fp32 safetensors, and its configuration with sorted keys."""
-    # "auto" would look for the base's configuration to see whether its embeddings grew, which they never do here.
-    tensors = peft.get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
+def finish_peft(model: torch.nn.Module, spec: TrainSpec) -> dict[str, bytes]:
+    """The files of a PEFT folder: the adapter in fp32 safetensors, and its configuration with sorted keys. Layers of a text encoder are
+    in the same file, behind the encoder's name; the configuration is one, because rank and strength are."""
+    model, encoders = text_encoders.split(model)
+    tensors = _state(model)
     config = model.peft_config[ADAPTER].to_dict()
     config["inference_mode"] = True
     if spec.task.kind == "image":
         config["auto_mapping"] = pipeline_files.made_for(model.get_base_model())
+    for name, encoder in encoders.items():
+        tensors |= {pipeline_files.with_part(key, name): value for key, value in _state(encoder).items()}
+        config["target_modules"] = {*config["target_modules"], *encoder.peft_config[ADAPTER].target_modules}
     return {
         "adapter_model.safetensors": save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"format": "pt"}),
         "adapter_config.json": (json.dumps(config, indent=2, sort_keys=True, default=_plain) + "\n").encode(),
     }
+
+
+def _state(model: peft.PeftModel) -> dict[str, torch.Tensor]:
+    # "auto" would look for the base's configuration to see whether its embeddings grew, which they never do here.
+    return peft.get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
 
 
 def _plain(value):

@@ -23,8 +23,14 @@ def role(name: str) -> str:
     return next((found for found, pattern in ROLES if pattern.search(name)), "other")
 
 
+def is_text_encoder(name: str) -> bool:
+    """Whether a parameter belongs to a text encoder that is trained beside an image model's part."""
+    return name.startswith("encoders.")
+
+
 def groups(parameters, optim: Optim) -> list[dict]:
-    """Parameter groups of (name, parameter) pairs, one per role and decay, in a fixed order.
+    """Parameter groups of (name, parameter) pairs, one per role and decay, in a fixed order. Text encoders have groups (and, where it
+    is set, a base rate) of their own.
 
     LoRA+ (Hayou et al. 2024, arXiv 2402.12354): eta_B = ratio * eta_A. Only B matrices get the ratio; magnitudes,
     embeddings, biases and heads learn at the base rate. Vectors are never decayed.
@@ -35,7 +41,9 @@ def groups(parameters, optim: Optim) -> list[dict]:
             continue
         part = role(name)
         decay = 0.0 if parameter.ndim < 2 or part == "magnitude" else optim.weight_decay
-        rate = optim.lr * ratio if part == "B" else optim.lr
+        base = optim.text_encoder_lr or optim.lr if is_text_encoder(name) else optim.lr
+        rate = base * ratio if part == "B" else base
+        part = f"text_{part}" if is_text_encoder(name) else part
         group = made.setdefault((part, decay), {"params": [], "lr": rate, "base_lr": rate, "weight_decay": decay, "role": part})
         group["params"].append(parameter)
     return [made[entry] for entry in sorted(made)]

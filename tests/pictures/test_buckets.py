@@ -77,3 +77,14 @@ def test_the_usual_buckets_of_512_are_the_fields():
     assert [bucket(w, h, settings) for w, h in [(3, 2), (2, 3), (4, 3), (16, 9), (4, 1), (9, 1)]] == [
         (640, 384), (384, 640), (576, 448), (640, 384), (1024, 256), (1024, 256),
     ]  # fmt: skip
+
+
+def test_no_picture_is_enlarged_for_a_further_resolution_in_either_direction():
+    given_task = task(resolution=64, bucket_step=8, more_resolutions=[128, 256])
+    for width, height, wanted in (
+        (256, 256, [64, 128, 256]), (256, 255, [64, 128]), (800, 100, [64, 128]), (100, 800, [64, 128]), (128, 128, [64, 128]), (8, 8, [64]),
+    ):  # fmt: skip
+        assert buckets.edges(width, height, given_task) == wanted, (width, height)
+        for edge in wanted[1:]:
+            wide, high = buckets.bucket(width, height, given_task, edge=edge)
+            assert wide <= width and high <= height and wide * high <= edge * edge

@@ -1,5 +1,7 @@
 """Noise, target and weight are those of diffusers' own schedulers, for steps of a noise schedule and for straight lines."""
 
+import math
+
 import diffusers
 import pytest
 import torch
@@ -78,6 +80,90 @@ def test_places_are_drawn_evenly_or_mostly_from_the_middle():
     assert (families.timesteps("FluxPipeline", "auto"), families.timesteps("StableDiffusionPipeline", "auto")) == ("logit_normal", "uniform")
     assert families.timesteps("FluxPipeline", "uniform") == "uniform"
     draws = {way: torch.tensor([objectives.place(way, torch.Generator().manual_seed(seed)) for seed in range(4000)]) for way in ("uniform", "logit_normal")}
+    assert objectives.place("sigmoid", torch.Generator().manual_seed(5)) == objectives.place("logit_normal", torch.Generator().manual_seed(5))
     for way, share in {"uniform": 0.5, "logit_normal": 0.7286}.items():  # the normal distribution within ±ln 3
         middle = ((draws[way] > 0.25) & (draws[way] < 0.75)).float().mean()
         assert float(middle) == pytest.approx(share, abs=0.03) and float(draws[way].min()) >= 0 and float(draws[way].max()) < 1
+
+
+@pytest.mark.parametrize("way", ["uniform", "logit_normal", "mode"])
+def test_places_are_those_of_diffusers(way):
+    from diffusers.training_utils import compute_density_for_timestep_sampling
+
+    for seed in range(200):
+        (wanted,) = compute_density_for_timestep_sampling(way, 1, 0.0, 1.0, 1.29, generator=torch.Generator().manual_seed(seed))
+        assert objectives.place(way, torch.Generator().manual_seed(seed)) == pytest.approx(float(wanted), abs=1e-6)
+
+
+def amounts(objective, shift):
+    """How much of each of a thousand places is noise once it is moved."""
+    x = torch.zeros(1000, 1)
+    return objective.mix(x, x + 1, (torch.arange(1000) + 0.5) / 1000, shift=shift).noisy[:, 0]
+
+
+@pytest.mark.parametrize("kind", FLOW)
+def test_a_shift_by_number_is_the_schedulers_whatever_is_in_its_table_already(kind):
+    _, objective = scheduled(kind)
+    for wanted in (1.0, 2.2, 3.0, 6.0):
+        same = diffusers.FlowMatchEulerDiscreteScheduler(shift=wanted).sigmas.flip(0)
+        assert torch.allclose(amounts(objective, objective.shift(wanted, "logit_normal", 1024)), same, atol=1e-6)
+    assert torch.allclose(amounts(objective, objective.shift("auto", "sigmoid", 1024)), torch.arange(1, 1001) / 1000, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", FLOW)
+@pytest.mark.parametrize("tokens", [64, 256, 1024, 4096, 6000])
+def test_the_shift_by_size_is_the_pipelines_own(kind, tokens):
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    scheduler, objective = scheduled(kind)
+    known = {name: scheduler.config[name] for name in ("base_shift", "max_shift") if name in scheduler.config}
+    mu = calculate_shift(tokens, scheduler.config.get("base_image_seq_len", 256), scheduler.config.get("max_image_seq_len", 4096), **known)
+    even = torch.arange(1, 1001) / 1000
+    same = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).time_shift(mu, 1.0, even)
+    assert torch.allclose(amounts(objective, objective.shift("resolution", "uniform", tokens)), same, atol=1e-6)
+
+
+def test_auto_moves_by_size_where_the_pipeline_does_and_else_leaves_the_table_to_the_bit():
+    for kind in FLOW:
+        scheduler, objective = scheduled(kind)
+        found = objective.shift("auto", "logit_normal", 4096)
+        if scheduler.config.get("use_dynamic_shifting"):
+            assert found == pytest.approx(math.exp(scheduler.config.max_shift)), kind
+        else:
+            assert found == 1.0 and objective.shift(objective.table, "uniform", 64) == 1.0, kind
+    assert {kind for kind in FLOW if scheduled(kind)[1].sized} == {"flux", "flux2", "qwen_image"}
+
+
+def test_steps_of_a_noise_schedule_have_no_shift():
+    _, objective = scheduled("sd15")
+    assert objective.shift("auto", "sigmoid", 4096) == 1.0
+    with pytest.raises(ValueError, match="no shift"):
+        objective.mix(torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1), shift=3.0)
+
+
+def test_training_moves_pictures_by_their_size_and_held_out_ones_stay_where_they_are(workspace, tmp_path):
+    from PIL import Image
+
+    from lora_studio.spec import parse
+    from lora_studio.training import image, order
+
+    base = tiny_image.write_pipeline(tmp_path / "flux", "flux")
+    (tmp_path / "rows").mkdir()
+    for number in range(4):
+        Image.new("RGB", (64 * (number + 1), 64), (number, 0, 0)).save(tmp_path / "rows" / f"{number}.png")
+    tree = {"base": {"id": str(base)}, "data": [{"path": str(tmp_path / "rows")}], "validation": {"size": 1}, "compute": {"device": "cpu", "precision": "fp32"}}
+    judged = []
+    for task, wanted in (({}, None), ({"shift": 1}, 1.0), ({"shift": 3}, 3.0), ({"timesteps": "sigmoid"}, 1.0)):
+        spec = parse({**tree, "task": {"kind": "image", "resolution": 128, "bucket_step": 32, "more_resolutions": [64], **task}, "schedule": {"steps": 4, "batch_size": 8}})
+        found = image.ImageTask(spec, device="cpu", note=lambda _: None, folder=tmp_path)
+        model = found.load()
+        groups = found.collate([draw for batch in order.Stream(found.show.plan()).step(0) for draw in batch])
+        assert len({group.size for group in groups}) > 2
+        for group in groups:
+            tokens = group.latents.shape[-2] * group.latents.shape[-1] / 4
+            assert group.shift == pytest.approx(wanted or objectives.Line().shift(tokens))
+        held_out = found.collate_held_out([0])
+        assert {group.shift for group in held_out} == {1.0}
+        with torch.no_grad():
+            judged.append(found.loss(model, held_out).item())
+    assert len(set(judged)) == 1, "runs with other settings can be compared"

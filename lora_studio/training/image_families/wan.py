@@ -1,4 +1,4 @@
-"""Wan 2.1 for still pictures: a model of films whose film has one frame; flow matching, and UMT5 with zeros behind the text."""
+"""Wan 2.1: a model of films, for short clips and for still pictures, films of one frame; flow matching, and UMT5 with zeros behind the text."""
 
 import torch
 from torch import Tensor
@@ -20,8 +20,9 @@ def filled(known: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def encode(vae, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the latents (b, c, 1, h/8, w/8) of one frame, normalised channel by channel."""
-    found = vae.encode(pixels.unsqueeze(2)).latent_dist
+    """Mean and standard deviation of the latents (b, c, 1, h/8, w/8) of one frame, or (b, c, 1 + f/4, h/8, w/8) of a clip (b, 3, 1 + f, h, w),
+    normalised channel by channel."""
+    found = vae.encode(pixels if pixels.ndim == 5 else pixels.unsqueeze(2)).latent_dist
     mean, std = (torch.tensor(value, device=pixels.device).view(1, -1, 1, 1, 1) for value in (vae.config.latents_mean, vae.config.latents_std))
     return (found.mean - mean) / std, found.std / std
 
