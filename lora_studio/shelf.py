@@ -87,11 +87,16 @@ def _shelve_checked(workspace: Workspace, folder: Path, facts: dict, *, name: st
     errors = [problem["sentence"] for problem in answer["problems"] if problem["level"] == "error"]
     if errors or not answer["usable"]:
         raise AdapterError("adapter.refused", name=name or facts["source"], reason=" ".join(errors) or "It cannot be used yet.")
-    if name:
-        check_name(workspace, name, besides=library.identify(folder))
     found = answer["card"] or {}
     known = {"name": name or facts["name"], "base": base or found.get("base") or "", "source": facts["source"]}
-    return library.add(workspace, folder, known)
+    with tempfile.TemporaryDirectory(dir=workspace.root, prefix=durable.TEMPORARY) as place:
+        if found.get("format", "peft") != "peft":
+            target = Path(place) / "adapter"
+            bench.ask("convert", path=str(folder), target=str(target), **({"base": base} if base else {}))
+            folder = target
+        if name:
+            check_name(workspace, name, besides=library.identify(folder))
+        return library.add(workspace, folder, known)
 
 
 def export_adapter(workspace: Workspace, id: str, target: str | Path) -> Path:
@@ -199,9 +204,19 @@ def picture_edge(base: str) -> int | None:
     return (bases.sample_edge(info) or families.of_pipeline(info.pipeline).resolution) if info.pipeline else 0
 
 
+def image_family(base: str) -> families.ImageFamily | None:
+    """The family of an image model, as far as that is known before it is fetched."""
+    try:
+        info = bases.inspect(Base(id=base)) if base else None
+    except (StudioError, ValueError):
+        return None
+    known = families.of_pipeline(info.pipeline) if info is not None and info.pipeline else None
+    return known or next((family for family in families.IMAGE_FAMILIES if base in family.sizes), None)
+
+
 def draw(workspace: Workspace, base: str, prompt: str, sides: dict[str, Parts], **brush) -> Iterator[dict]:
     """The events of pictures by an image model, one for each side: `step`, `picture` as each is done, `done` at the end. `brush` may
-    hold seed, steps, guidance, width, height. The files lie in the workspace's pictures/."""
+    hold seed, steps, guidance, width, height, and of an editing model source, the file of the picture it goes by. The files lie in the workspace's pictures/."""
     asked = {side: _paths(workspace, parts) for side, parts in sides.items()}
     return bench.stream("draw", base=base, prompt=prompt, sides=asked, target=str(workspace.root / "pictures"), **brush)
 

@@ -61,7 +61,7 @@ class Reader:
         except AdapterError as error:
             card = locals().get("card")
             problems = [*(card.problems if card else ()), Problem("", str(error))]
-        if card is not None and card.layers and card.format == "peft":
+        if card is not None and card.layers and card.is_usable:
             problems += self._misfits(card, _label(path), request.get("base"))
         return "result", {
             "card": _plain(card) if card else None,
@@ -81,6 +81,15 @@ class Reader:
         if folder is None:
             return [Problem("", str(BenchError("bench.not_compared", base=base.id)), "note")]
         return adapters.check(card, adapters.base_shapes(folder), label=label, base=base.id)
+
+    def convert(self, job, request: dict) -> tuple[str, dict]:
+        """Write an image adapter by another program as a PEFT folder; the numbers stay, its strengths go into the factors."""
+        path, target = argument(request, "path", str), Path(argument(request, "target", str))
+        job.doing = "converting the adapter"
+        given = {"base_model_name_or_path": request["base"]} if request.get("base") else None
+        found = adapters.read(path, config=given)
+        durable.publish_folder(target, adapters.write(adapters.with_modules(found.card, found.modules)))
+        return "result", {"layers": len(found.modules)}
 
     @one_thread()
     def preview(self, job, request: dict) -> tuple[str, dict]:
@@ -203,7 +212,7 @@ def _print_of_base(id: str) -> str:
 
     try:
         folder = bases.locate(base_of(id)) if id else None
-        if folder and (folder / "model_index.json").is_file():
+        if folder and (folder.is_file() or (folder / "model_index.json").is_file()):
             return latents.print_of(folder, ("",))
         return base_print(folder) if folder else ""
     except (StudioError, OSError):

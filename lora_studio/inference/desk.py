@@ -2,13 +2,16 @@
 
     verb      arguments                                           last event
     check     path, [base], [config]                              result: card, problems, usable
+    convert   path, target, [base]                                result: layers
     preview   parts                                               result: norms, cosines, norm, losses, rank, layers
     blend     parts, [rank], target, [dtype], [files], [replace]  result: loss, rank, layers, bytes, parents
+    bake      base, parts, [target], [dtype], [files]             result or done: bytes, changed, loss, worst, notes, parents
+    extract   tuned, base, [rank], [loss], target                 done: loss, layers, ranks, left_out, bytes
     load      base, device, lock, [precision]                     result: what status says
     answer    like load, and messages, parts or sides,            done: sides (text, tokens, ended, active), seconds
               [seed, temperature, top_p, longest, template]
     draw      like load, and prompt, target, parts or sides,      done: sides (path, active), seconds
-              [seed, steps, guidance, width, height]
+              [seed, steps, guidance, width, height, source]
     unload    [run, device, hold, reason]                         result: unloaded
 
 `parts` is a list of [path, weight] or [path, weight, name]. `sides` is {name: parts}: several answers to the same messages with the
@@ -25,7 +28,7 @@ import torch
 
 from lora_studio import bases, durable
 from lora_studio.errors import BenchError
-from lora_studio.inference import room
+from lora_studio.inference import baking, room
 from lora_studio.inference.blends import Part, Reader, other_base
 from lora_studio.inference.requests import argument, base_of, one_of
 
@@ -110,6 +113,7 @@ class Desk:
 
         sides, prompt, target = _sides(request), argument(request, "prompt", str), Path(argument(request, "target", str))
         brush = Brush(**{name: request[name] for name in ("seed", "steps", "guidance", "width", "height") if name in request})
+        source = Path(argument(request, "source", str)) if request.get("source") else None
         parts = self._prepared(job, request, sides, "image")
         started, told, job.doing = time.perf_counter(), {}, "drawing"
         for side in sides:
@@ -120,7 +124,7 @@ class Desk:
                 self.room.look()
                 job.send("step", side=side, step=number, steps=brush.steps)
 
-            path = self.shelf.draw(prompt, brush, target, weights=weights, step=step)
+            path = self.shelf.draw(prompt, brush, target, weights=weights, step=step, source=source)
             told[side] = {"path": str(path), "active": _active(parts, weights)}
             job.send("picture", side=side, path=str(path))
         return "done", {"sides": told, "seconds": time.perf_counter() - started, "loads": self.loads}
@@ -245,10 +249,13 @@ def _of_reader(verb):
 ANSWER = "base device lock precision messages parts sides seed temperature top_p longest template"
 VERBS = {
     "check": (_of_reader(Reader.check), "path base config"),
+    "convert": (_of_reader(Reader.convert), "path target base"),
     "preview": (_of_reader(Reader.preview), "parts"),
     "blend": (_of_reader(Reader.blend), "parts rank target dtype files replace"),
+    "bake": (_of_reader(baking.bake), "base parts target dtype files"),
+    "extract": (_of_reader(baking.extract), "tuned base rank loss target"),
     "load": (Desk.load, "base device lock precision"),
     "answer": (Desk.answer, ANSWER),
-    "draw": (Desk.draw, "base device lock precision prompt target parts sides seed steps guidance width height"),
+    "draw": (Desk.draw, "base device lock precision prompt target parts sides seed steps guidance width height source"),
     "unload": (Desk.unload, "run device hold reason"),
 }

@@ -8,13 +8,16 @@ from pathlib import Path
 
 import torch
 
-from lora_studio import bases
+from lora_studio import bases, families
 from lora_studio.errors import BenchError
 from lora_studio.inference.hooks import Hooks, is_number
+from lora_studio.pictures import decoding
+from lora_studio.pictures.picture import Picture, Skip
+from lora_studio.pictures.samples import save_sample
 from lora_studio.spec import Base
-from lora_studio.training import pipelines
+from lora_studio.training import latents, pipelines
 from lora_studio.training.image_families import FAMILIES, drawn
-from lora_studio.training.samples import save_sample
+from lora_studio.training.showing import Shown
 from lora_studio.training.text import choose_dtype
 
 
@@ -62,10 +65,22 @@ class Easel(Hooks):
         self._tells_steps = "callback_on_step_end" in inspect.signature(self.pipeline.__call__).parameters
         self.scheduler = lambda: pipelines.load_scheduler(folder)
         super().__init__(part, base.id, self.device)
+        # Layers of text encoders are called by the encoder's name and their own, and by nothing else.
+        self.encoders = {
+            f"{name}.{layer.removeprefix('text_model.')}": module
+            for name in families.of_pipeline(info.pipeline).text_encoders
+            for layer, module in getattr(self.pipeline, name).named_modules()
+        }
 
-    def draw(self, prompt: str, brush: Brush, target: Path, *, weights: dict[str, float], step: Callable[[int], None]) -> Path:
+    def _layer(self, name: str) -> torch.nn.Module | None:
+        return self.encoders.get(name) or super()._layer(name)
+
+    def draw(self, prompt: str, brush: Brush, target: Path, *, weights: dict[str, float], step: Callable[[int], None], source: Path | None = None) -> Path:
         """Draw a picture into the folder `target`, its settings inside the file. `step` is told each step's number and may raise to stop.
-        The same model, prompt, brush and weights give the same picture. Returns the file."""
+        An editing model makes it of the picture `source`. The same model, prompt, brush and weights give the same picture. Returns the
+        file. Raises BenchError."""
+        if source is not None and self.family.edit is None:
+            raise BenchError("bench.source", base=self.base.id)
         if not prompt.strip():
             raise BenchError("bench.nothing_asked")
 
@@ -77,12 +92,26 @@ class Easel(Hooks):
         heard = {"callback_on_step_end": after} if self._tells_steps else {}
         with self.using(weights), torch.inference_mode():
             asked = self.family.ask(*self.family.embed(self.pipeline, [prompt, ""])) | self.family.guide(brush.guidance)
+            if self.family.edit:
+                asked |= self.family.edit(self._latents(source, brush), (brush.width, brush.height))
             found = drawn(
                 self.pipeline(
                     **asked, **heard, num_inference_steps=brush.steps, width=brush.width, height=brush.height,
                     generator=torch.Generator().manual_seed(brush.seed),
                 )
             )  # fmt: skip
-        facts = {"prompt": prompt, "base": self.base.id, **vars(brush)}
+        facts = {"prompt": prompt, "base": self.base.id, **vars(brush)} | ({"source": source.name} if source else {})
         target.mkdir(parents=True, exist_ok=True)
         return target / save_sample(target, found, facts)
+
+    def _latents(self, source: Path | None, brush: Brush) -> torch.Tensor | None:
+        """A picture's latents at the brush's size, for an editing model."""
+        if source is None:
+            return None
+        try:
+            seen = decoding.look(source)
+        except Skip as reason:
+            raise BenchError("bench.source_broken", path=source.name, reason=str(reason)) from None
+        picture = Picture(source, source.name, "", seen.width, seen.height, seen.digest)
+        found = latents.pixels(Shown(picture, (brush.width, brush.height), "center", 0, False, ""))
+        return self.family.encode(self.pipeline.vae, found[None].to(self.device, self.dtype))[0][0]

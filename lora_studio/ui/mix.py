@@ -149,3 +149,8 @@ def tab_of(component) -> gr.Tab:
     while not isinstance(component, gr.Tab):
         component = component.parent
     return component
+
+
+def whole(given):
+    """A number without a fraction as a whole one; the bench judges the rest."""
+    return int(given) if isinstance(given, float) and given.is_integer() else given

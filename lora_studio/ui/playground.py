@@ -10,7 +10,8 @@ import gradio as gr
 from lora_studio import families, library, shelf
 from lora_studio.errors import BenchError, StudioError
 from lora_studio.ui import theme
-from lora_studio.ui.mix import LIVE, QUIET, Mix, Parts, tab_of
+from lora_studio.ui.grid import Grid
+from lora_studio.ui.mix import LIVE, QUIET, Mix, Parts, tab_of, whole
 from lora_studio.workspace import Workspace
 
 ANSWERS = """<div class="talk" aria-live="polite" aria-busy="{{value.busy}}">{{#each value.turns}}<article><p class="prompt">{{prompt}}</p>
@@ -41,7 +42,7 @@ class Playground:
     """The page's parts, and what they do."""
 
     def __init__(self, workspace: Workspace):
-        self.workspace, self.mix = workspace, Mix(workspace, "mix-playground")
+        self.workspace, self.mix, self.grid = workspace, Mix(workspace, "mix-playground"), Grid(workspace)
         self.stops: set[str] = set()
 
     # ---- layout
@@ -82,6 +83,7 @@ class Playground:
             with gr.Row():
                 self.width = gr.Number(512, label="Width", info="In pixels, a multiple of 8.", interactive=True, min_width=110)
                 self.height = gr.Number(512, label="Height", info="In pixels, a multiple of 8.", interactive=True, min_width=110)
+            self.source = gr.Image(type="filepath", format="png", label="Picture to edit", sources=["upload", "clipboard"], visible=False, height=200, elem_id="playground-source")
         self.to_blend = gr.Button("Save this mix as a blend", size="md", elem_id="to-blend")
 
     def _right(self) -> None:
@@ -96,6 +98,7 @@ class Playground:
             self.send = gr.Button("Send", variant="primary", size="lg", min_width=90, elem_id="send")
             self.stop = gr.Button("Stop", variant="stop", size="lg", min_width=90, interactive=False, elem_id="stop-answer")
             self.clear = gr.Button("Clear", size="lg", min_width=90, elem_id="clear")
+        self.grid.build()
 
     # ---- wiring
 
@@ -107,11 +110,11 @@ class Playground:
     @property
     def inputs(self) -> set:
         """What an answer depends on."""
-        settings = {self.seed, self.temperature, self.top_p, self.longest, self.chatml, *self._brushes.values()}
-        return {self.prompt, self.talk, self.base, self.sides, *settings, *self.mix.inputs}
+        settings = {self.seed, self.temperature, self.top_p, self.longest, self.chatml, *self.brushes.values()}
+        return {self.prompt, self.talk, self.base, self.sides, self.source, *settings, *self.mix.inputs}
 
     @property
-    def _brushes(self) -> dict[str, gr.components.Component]:
+    def brushes(self) -> dict[str, gr.components.Component]:
         """What a picture depends on, by the names the bench knows."""
         return {"seed": self.picture_seed, "steps": self.steps, "guidance": self.guidance, "width": self.width, "height": self.height}
 
@@ -121,10 +124,11 @@ class Playground:
         return [self.answers, self.talk, self.token, self.prompt, self.told, self.state, self.send, self.stop, self.clear]
 
     def _wire(self) -> None:
-        self.base.change(self.suit, self.base, [self.words, self.brush, self.width, self.height, self.guidance], **LIVE)
+        self.base.change(self.suit, self.base, [self.words, self.brush, self.grid.box, self.width, self.height, self.guidance, self.source], **LIVE)
         self.mix.turn.change(self.follow, [self.base, self.sides, *self.mix.inputs], [self.base, self.sides], **LIVE)
         gr.on([self.send.click, self.prompt.submit], self.speak, self.inputs, self.spoken, trigger_mode="once", concurrency_limit=None, **QUIET)
         self.stop.click(self.stops.add, self.token, None, queue=False, **QUIET)
+        self.grid.connect(self)
         self.clear.click(lambda: [{"busy": "false", "turns": []}, [], [], self.held()], None, [self.answers, self.talk, self.told, self.state], **QUIET)
 
     def connect(self, tabs, blend) -> None:
@@ -183,7 +187,10 @@ class Playground:
         """The settings that fit a base: of words, or of pictures in the size its family was trained at."""
         edge = shelf.picture_edge(_text(base))
         sizes = [gr.update(value=edge), gr.update(value=edge)] if edge else [gr.skip(), gr.skip()]
-        return [gr.update(visible=not edge), gr.update(visible=bool(edge)), *sizes, gr.update(value=families.guidance(_text(base)))]
+        family = shelf.image_family(_text(base)) if edge else None
+        guidance = families.guidance(_text(base), family.pipeline if family else "")
+        edits = gr.update(visible=bool(family and family.edits))
+        return [gr.update(visible=not edge), *(gr.update(visible=bool(edge)) for _ in range(2)), *sizes, gr.update(value=guidance), edits]
 
     # ---- answers
 
@@ -210,7 +217,9 @@ class Playground:
     def _asked_of(self, base: str, prompt: str, talk: list, asked: dict[str, Parts], given: dict) -> Iterator[dict]:
         """The events of what a base is asked: pictures of an image model, else words that go on with what each side has said."""
         if shelf.picture_edge(base):
-            return shelf.draw(self.workspace, base, prompt, asked, **{name: whole(given[component]) for name, component in self._brushes.items()})
+            family = shelf.image_family(base)
+            source = {"source": given[self.source]} if given.get(self.source) and family and family.edits else {}
+            return shelf.draw(self.workspace, base, prompt, asked, **{name: whole(given[component]) for name, component in self.brushes.items()}, **source)
         messages = {side: [*history(talk, side), {"role": "user", "content": prompt}] for side in asked}
         return shelf.chat(self.workspace, base, messages, asked, **self._manner(given))
 
@@ -303,11 +312,6 @@ def bench_in_words(status: dict) -> str:
         return f"The bench is loading {status['base']}." if status["state"] == "loading" else "The bench holds no model; the next answer loads one."
     count = status["adapters"]
     return f"The bench holds {status['base']} on {status['device']}, with {count} adapter{'' if count == 1 else 's'} at hand."
-
-
-def whole(given):
-    """A number without a fraction as a whole one; the bench judges the rest."""
-    return int(given) if isinstance(given, float) and given.is_integer() else given
 
 
 def _text(given) -> str:

@@ -172,7 +172,8 @@ def test_words_for_the_bench_and_for_the_foot():
 def test_an_image_model_draws_with_settings_of_its_own(page, workspace):
     from lora_studio import studio
 
-    words, brush, width, height, guidance = page.suit("demo-image")
+    words, brush, grid, width, height, guidance, source = page.suit("demo-image")
+    assert not source["visible"] and page.suit("black-forest-labs/FLUX.1-Kontext-dev")[-1]["visible"]
     assert (words["visible"], brush["visible"], width["value"], height["value"], guidance["value"]) == (False, True, 64, 64, 2.0)
     assert [update["visible"] for update in page.suit("demo-text")[:2]] == [True, False]
     brushes = {page.picture_seed: 0, page.steps: 2, page.guidance: 2.0, page.width: 64, page.height: 64}

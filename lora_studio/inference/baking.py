@@ -1,0 +1,81 @@
+"""Baking on the bench: what it would write and lose, the writing itself, and an adapter taken out of a fine-tuned model."""
+
+import hashlib
+from pathlib import Path
+
+from lora_studio import adapters, bases, checkpoints, durable
+from lora_studio.errors import BenchError, MachineError
+from lora_studio.inference.requests import argument, base_of
+
+EVERY = 1 << 26  # bytes between two reports
+
+
+def bake(reader, job, request: dict) -> tuple[str, dict]:
+    """Weighted adapters in the weights of a base. Without a target nothing is written: only what it would be, and what the precision takes."""
+    base, dtype, target = base_of(request.get("base")), request.get("dtype"), request.get("target")
+    parts = reader.parts(job, request.get("parts"), least=1)
+    job.doing = f"fetching {base.id}"
+    folder = bases.fetch(base)
+    job.check()
+    job.doing = "planning"
+    plan = checkpoints.plan(folder, [(part.adapter, part.weight) for part in parts], dtype=dtype, labels=[part.name for part in parts])
+    job.doing = "measuring what the precision takes"
+    lost = checkpoints.loss(plan)
+    worst = sorted(lost.layers.items(), key=lambda item: -item[1])[:8]
+    told = {
+        "bytes": plan.bytes, "changed": plan.changed, "notes": list(plan.notes), "loss": lost.overall, "worst": worst, "share": lost.share,
+        "parents": [{"path": str(part.path), "name": part.name, "weight": part.weight, "sha256": _digest(part.path)} for part in parts],
+    }  # fmt: skip
+    if target is None:
+        return "result", told
+    job.check()
+    job.doing, last = "baking", 0
+
+    def report(done: int, total: int) -> None:
+        nonlocal last
+        job.check()
+        if done - last >= EVERY or done == total:
+            last = done
+            job.send("progress", done=done, total=total)
+
+    checkpoints.apply(plan, Path(argument(request, "target", str)), report=report, texts=_texts(request.get("files")))
+    return "done", told
+
+
+def extract(reader, job, request: dict) -> tuple[str, dict]:
+    """The adapter between a fine-tuned model and its base, as a PEFT folder at the target."""
+    target, base = Path(argument(request, "target", str)), base_of(request.get("base"))
+    if target.exists():
+        raise BenchError("bench.target", path=target)
+    job.doing = "reading the two models"
+    tuned, before = bases.fetch(base_of(request.get("tuned"))), bases.fetch(base)
+    job.doing = "extracting"
+
+    def report(done: int, total: int) -> None:
+        job.check()
+        job.send("progress", done=done, total=total)
+
+    found = checkpoints.extract(tuned, before, rank=request.get("rank"), loss=request.get("loss"), report=report)
+    files = adapters.write(adapters.with_modules(adapters.Card("peft", base=base.id, revision=base.revision), found.modules))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        durable.publish_folder(target, files)
+    except OSError as error:
+        durable.sweep(target.parent)
+        raise MachineError("machine.write", path=target, reason=error.strerror or str(error)) from None
+    ranks = sorted(module.rank for module in found.modules.values())
+    told = {"loss": found.loss, "layers": len(ranks), "ranks": [ranks[0], ranks[-1]], "left_out": list(found.left_out)}
+    return "done", {**told, "bytes": sum(map(len, files.values()))}
+
+
+def _digest(path: Path) -> str:
+    with open(adapters.files.locate(path).weights, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _texts(given) -> dict[str, bytes]:
+    """Texts to be written into the model's folder, by their plain names. Raises BenchError."""
+    given = {} if given is None else given
+    if not isinstance(given, dict) or not all(isinstance(text, str) and "/" not in name and not name.startswith(".") for name, text in given.items()):
+        raise BenchError("bench.request", reason="files must be texts by plain names")
+    return {name: text.encode() for name, text in given.items()}
