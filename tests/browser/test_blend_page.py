@@ -161,3 +161,21 @@ def test_nothing_sticks_out(shelf, open_page, scheme, width):
     choose(page, "pirate", "capitals", "<img")
     expect(page.locator("#blend-figures")).to_contain_text("Exact rank: 10.", timeout=90_000)
     assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
+
+
+def test_a_mix_is_baked_into_a_model_that_says_before_what_it_loses(shelf, server, open_page):
+    page = blend_page(open_page, "pirate")
+    expect(page.locator("#blend-figures")).to_contain_text("Exact rank")
+    page.get_by_text("Bake into the base").click()
+    page.locator("#bake-start").click()
+    expect(page.locator("#bake-sentences")).to_contain_text("The model has no name")
+    page.locator("#bake-look").click()
+    expect(page.locator("#bake-sentences")).to_contain_text("tensors would change", timeout=60_000)
+    assert not (server.home / "models").exists()
+    page.locator("#bake-name").locator("input, textarea").first.fill("../my pirate")
+    page.locator("#bake-start").click()
+    expect(page.locator("#bake-sentences")).to_contain_text("tensors were changed", timeout=60_000)
+    (folder,) = (server.home / "models").iterdir()
+    assert folder.name == "my-pirate" and (folder / "README.md").is_file() and list(folder.glob("*.safetensors"))
+    page.locator("#bake-start").click()
+    expect(page.locator("#bake-sentences")).to_contain_text("exists already")

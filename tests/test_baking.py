@@ -1,0 +1,74 @@
+"""The verbs of baking: said before it is written, written with its recipe, and taken out again."""
+
+import json
+
+import peft
+import pytest
+import torch
+import transformers
+
+from lora_studio import baking, library
+from lora_studio.errors import BakeError, BenchError
+from lora_studio.jobs import bench
+from tests import tiny
+from tests.test_cli import command
+
+
+@pytest.fixture(autouse=True)
+def no_bench_stays(home):
+    yield
+    bench.stop()
+
+
+def add(workspace, base, name, **how) -> str:
+    return library.add(workspace, tiny.adapter_files(base, name=str(base), **how), {"name": name, "base": str(base)})
+
+
+def test_what_is_said_before_is_what_is_written_and_it_answers_as_the_adapters_do(workspace, base, tmp_path):
+    one, two = add(workspace, base, "one", seed=1, size=0.5), add(workspace, base, "two", seed=2, size=0.5)
+    parts = [[one, 0.8], [two, -0.5]]
+    told = baking.preview(workspace, parts)
+    assert told["changed"] > 0 and told["loss"] < 1e-6 and not (tmp_path / "out").exists()
+    events = list(baking.bake(workspace, parts, tmp_path / "out"))
+    assert events[-1]["event"] == "done" and events[-1]["bytes"] == told["bytes"]
+    assert any(event["event"] == "progress" and event["done"] == event["total"] for event in events)
+    recipe = json.loads((tmp_path / "out" / baking.RECIPE).read_text())
+    assert recipe["sum"] == [{"adapter": one, "name": "one", "weight": 0.8}, {"adapter": two, "name": "two", "weight": -0.5}]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| one | 0.8 |" in card and "vllm serve out" in card and "ollama create out" in card
+    plain = transformers.AutoModelForCausalLM.from_pretrained(base)
+    model = peft.PeftModel.from_pretrained(plain, library.adapter_folder(workspace, one), adapter_name="one")
+    model.load_adapter(library.adapter_folder(workspace, two), adapter_name="two")
+    model.base_model.set_adapter(["one", "two"])
+    for layer in model.modules():
+        if isinstance(layer, peft.tuners.lora.LoraLayer):
+            for name, weight in (("one", 0.8), ("two", -0.5)):
+                if name in layer.scaling:
+                    layer.set_scale(name, weight)
+    ids = torch.arange(5, 30)[None]
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.allclose(again(ids).logits, model(ids).logits, atol=1e-5)
+    with pytest.raises(BakeError, match="exists already"):
+        list(baking.bake(workspace, parts, tmp_path / "out"))
+    with pytest.raises(BakeError, match="No weight of"):
+        baking.preview(workspace, [[one, 0.0]])
+    with pytest.raises(BenchError, match="plain names"):
+        bench.ask("bake", base=str(base), parts=[[str(library.adapter_folder(workspace, one)), 1.0]], target=str(tmp_path / "x"), files={"../x": "y"})
+
+
+def test_bake_and_extract_on_the_command_line_are_each_others_way_back(workspace, base, tmp_path):
+    id = add(workspace, base, "mine", seed=3, size=0.5)
+    plan = json.loads(command("bake", f"{id}=0.5", "--plan", "--json").stdout)
+    assert plan["changed"] and plan["out"] is None
+    assert "Give --out FOLDER" in command("bake", id, code=1).stderr
+    said = command("bake", f"{id}=0.5", "--out", tmp_path / "tuned").stdout
+    assert "tensors change" in said and str(tmp_path / "tuned") in said
+    done = json.loads(command("extract", tmp_path / "tuned", base, "--name", "back", "--rank", "4", "--json").stdout)
+    assert done["loss"] < 1e-4 and done["left_out"] == []
+    from lora_studio import adapters
+
+    before, after = (adapters.read(library.adapter_folder(workspace, one)).modules for one in (id, done["id"]))
+    assert set(before) == set(after)
+    assert all((after[name].delta() - 0.5 * module.delta()).norm() < 1e-3 * module.delta().norm() for name, module in before.items())
+    assert library.card(workspace, done["id"])["recipe"]["extracted"]["rank"] == 4
+    assert "differ in no layer" in command("extract", base, base, "--name", "none", "--rank", "4", code=1).stderr
