@@ -19,8 +19,11 @@ from lora_studio.lowrank import LowRank
 
 def files_of(seed: int = 0, *, rank: int = 2, base: str = "demo-text") -> dict[str, bytes]:
     """A small adapter in memory."""
-    torch.manual_seed(seed)
-    modules = {f"model.layers.{layer}.self_attn.q_proj": LowRank(torch.randn(rank, 8), torch.randn(6, rank)) for layer in range(2)}
+    draw = torch.Generator().manual_seed(seed)  # of its own: several threads call this at once
+    modules = {
+        f"model.layers.{layer}.self_attn.q_proj": LowRank(torch.randn(rank, 8, generator=draw), torch.randn(6, rank, generator=draw))
+        for layer in range(2)
+    }
     return adapters.write(adapters.with_modules(adapters.Card("peft", base=base, task_type="CAUSAL_LM"), modules))
 
 

@@ -9,17 +9,13 @@ began minus what was resident then.
 """
 
 import argparse
-import gc
 import importlib.metadata
 import importlib.util
 import json
 import math
 import os
-import platform
 import random
-import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,15 +24,11 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-RESULTS = Path(__file__).parent / "results"
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from tests.benchmarks.meter import RESULTS, ROOT, WARM_UP, Marks, Meter, machine, measure, median
+
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-RANK, ALPHA, BATCH, LONGEST, WARM_UP = 16, 32, 8, 512, 1
-# Waiting threads would spin and count as work; the rest keeps the trainers quiet and at home.
-ENVIRONMENT = {
-    "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore",
-    "TRANSFORMERS_VERBOSITY": "error", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "PYTHONPATH": str(ROOT),
-}  # fmt: skip
+RANK, ALPHA, BATCH, LONGEST = 16, 32, 8, 512
 VARIANTS = {
     "ours": "LoRA Studio",
     "trainer": "transformers Trainer, dynamic padding",
@@ -124,7 +116,7 @@ def own_step(model, documents: list[list[int]]) -> torch.Tensor:
     return loss.detach()
 
 
-def train_ours(steps: int, meter: "Meter", size: Size) -> None:
+def train_ours(steps: int, meter: Meter, size: Size) -> None:
     """The studio's own loop over its own task: everything a run does at a step, reports included."""
     from peft import get_peft_model
 
@@ -144,33 +136,13 @@ def train_ours(steps: int, meter: "Meter", size: Size) -> None:
     task.encoded = encode.Encoded(train=[[encode.Example(tuple(row), (True,) * len(row)) for row in documents]], held_out=[])
     task.prepare(model)
     with tempfile.TemporaryDirectory() as place:
-        trainer = loop.Trainer(task, METHODS["lora"], model, task.spec, _Marks(meter), Path(place))
+        trainer = loop.Trainer(task, METHODS["lora"], model, task.spec, Marks(meter), Path(place))
         # The run's order puts the rows into other steps; here each step must see what the others' steps see.
         shuffled = trainer.plan.epoch(0)
         rows = dict(zip((index for _, index in shuffled), task.encoded.train[0], strict=True))
         task.encoded.train[0] = [rows[index] for index in range(len(rows))]
         meter.begin()
         trainer.run()
-
-
-class _Marks:
-    """Where the loop reports: a mark of the meter at every step."""
-
-    def __init__(self, meter: "Meter"):
-        self.meter = meter
-
-    def emit(self, kind: str, **fields) -> None:
-        if kind == "step":
-            self.meter.mark(fields["loss"])
-
-    def flush(self) -> None:
-        """Nothing is kept here."""
-
-    def asked(self, request: str) -> None:
-        """Nobody asks."""
-
-    def answered(self, request: str) -> None:
-        """Nobody asked."""
 
 
 # Their sides
@@ -195,7 +167,7 @@ def tokenizer(size: Size):
     return PreTrainedTokenizerFast(tokenizer_object=words, **names)
 
 
-def run_trainer(trainer, meter: "Meter") -> None:
+def run_trainer(trainer, meter: Meter) -> None:
     """Train in the order of the samples, metered from the first step on."""
     from torch.utils.data import SequentialSampler
     from transformers import TrainerCallback
@@ -212,7 +184,7 @@ def run_trainer(trainer, meter: "Meter") -> None:
     meter.loss = trainer.train().training_loss
 
 
-def train_trainer(steps: int, meter: "Meter", size: Size) -> None:
+def train_trainer(steps: int, meter: Meter, size: Size) -> None:
     """transformers' Trainer with its language-modelling collator."""
     from datasets import Dataset
     from peft import get_peft_model
@@ -228,7 +200,7 @@ def train_trainer(steps: int, meter: "Meter", size: Size) -> None:
     run_trainer(trainer, meter)
 
 
-def train_sft(steps: int, meter: "Meter", size: Size) -> None:
+def train_sft(steps: int, meter: Meter, size: Size) -> None:
     """TRL's SFTTrainer as it comes (gradient checkpointing on, chunked head)."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
@@ -248,43 +220,6 @@ WORK = {"ours": train_ours, "trainer": train_trainer, "sft": train_sft}
 
 
 # Measuring
-
-
-class Meter:
-    """CPU and wall seconds per step, and the working set in MB."""
-
-    def __init__(self):
-        self.marks, self.losses, self.loss, self.resident = [], [], None, 0.0
-
-    def begin(self) -> None:
-        """Training starts here: forget the peak so far."""
-        gc.collect()
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            print("the peak could not be reset; memory is not comparable", file=sys.stderr)
-        self.resident = _status("VmRSS")
-        self.mark()
-
-    def mark(self, loss: float | None = None) -> None:
-        """One step is done."""
-        self.marks.append((time.perf_counter(), time.process_time()))
-        if loss is not None:
-            self.losses.append(loss)
-
-    def result(self, tokens: int) -> dict:
-        """What was measured after the warm-up; `tokens` are the real ones of those steps."""
-        (wall, cpu), (wall_end, cpu_end) = self.marks[WARM_UP], self.marks[-1]
-        loss = self.loss if self.loss is not None else statistics.mean(self.losses)
-        return {
-            "cpu_seconds": round(cpu_end - cpu, 3), "wall_seconds": round(wall_end - wall, 3), "tokens": tokens,
-            "working_set_mb": round(_status("VmHWM") - self.resident, 1), "loss": round(loss, 4),
-        }  # fmt: skip
-
-
-def _status(key: str) -> float:
-    found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return int(found.group(1)) / 1e3
 
 
 def work(variant: str, steps: int) -> dict:
@@ -329,27 +264,6 @@ def exactness(size: Size = TINY, *, mean: float = 24) -> dict[str, float]:
 # The driver
 
 
-def measure(rounds: int, steps: int, variants: list[str]) -> dict[str, list[dict]]:
-    """Every variant once per round, each in a fresh process."""
-    found: dict[str, list[dict]] = {variant: [] for variant in variants}
-    environment = {**os.environ, **ENVIRONMENT}
-    for number in range(rounds):
-        for variant in variants:
-            command = [sys.executable, __file__, "--work", variant, "--steps", str(steps)]
-            done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-            lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-            if not lines:
-                raise SystemExit(f"{variant} failed:\n{done.stderr[-2000:]}")
-            found[variant].append(json.loads(lines[0][7:]))
-            print(f"round {number + 1}  {variant:8s} {found[variant][-1]}", flush=True)
-    return found
-
-
-def median(rows: list[dict], key: str) -> float:
-    """The middle of one figure over the rounds."""
-    return statistics.median(row[key] for row in rows)
-
-
 def table(found: dict[str, list[dict]]) -> str:
     """A markdown table of medians, with ratios to ours (of the same round; the median, and from least to most)."""
     lines = [
@@ -368,13 +282,6 @@ def table(found: dict[str, list[dict]]) -> str:
             f"| {VARIANTS[variant]} | {cpu:.2f} | {speed:.0f} | {faster} | {memory:.0f} | {smaller} | {median(rows, 'loss'):.4f} |"
         )
     return "\n".join(lines)
-
-
-def machine() -> str:
-    """The processor's name, fit for a file name."""
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
-    return re.sub(r"[^a-z0-9]+", "-", (found.group(1) if found else platform.processor() or "cpu").lower()).strip("-")
 
 
 def write(found: dict, exact: dict, options: argparse.Namespace) -> Path:
@@ -415,11 +322,10 @@ def main() -> None:
         variants.remove("sft")
     exact = exactness(LARGE, mean=180)
     print(f"float32, B not zero: loss differs by {exact['loss']:.1e}, gradients by {exact['gradients']:.1e}")
-    found = measure(options.rounds, options.steps, variants)
+    found = measure(__file__, options.rounds, options.steps, variants)
     print(table(found))
     print(f"written to {write(found, exact, options).relative_to(ROOT)}")
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     main()
