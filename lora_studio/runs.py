@@ -17,8 +17,9 @@ from functools import lru_cache
 from pathlib import Path
 
 from lora_studio import durable, settings
-from lora_studio.errors import StudioError
+from lora_studio.errors import RunError, StudioError
 from lora_studio.spec import TrainSpec
+from lora_studio.spec.captions import CaptionSpec
 from lora_studio.workspace import Workspace
 
 LIFE = {"queued", "launched", "started", "resumed", "done", "stopped", "failed"}
@@ -28,7 +29,7 @@ FLUSH_SECONDS = 0.5
 TAIL_BYTES = 64 * 1024
 
 
-def create(workspace: Workspace, spec: TrainSpec) -> Path:
+def create(workspace: Workspace, spec: TrainSpec | CaptionSpec) -> Path:
     """A new run folder holding `spec`, whole or absent. Returns its path."""
     workspace.runs.mkdir(parents=True, exist_ok=True)
     folder = workspace.runs / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
@@ -43,8 +44,19 @@ def create(workspace: Workspace, spec: TrainSpec) -> Path:
 
 
 def spec_of(folder: Path) -> TrainSpec:
-    """The spec of a run. Raises SpecError when someone broke it."""
+    """The spec of a training run. Raises SpecError when someone broke it, and RunError when the run trains nothing."""
+    if writes_captions(folder):
+        raise RunError("run.captions", id=folder.name)
     return settings.load(folder / "spec.yaml")
+
+
+@lru_cache(maxsize=1024)
+def writes_captions(folder: Path) -> bool:
+    """Whether a run writes captions, and trains nothing. (What was asked for never changes.)"""
+    try:
+        return settings.read_tree(folder / "spec.yaml").get("kind") == "captions"
+    except (StudioError, OSError, ValueError):
+        return False
 
 
 class Events:

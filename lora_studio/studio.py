@@ -11,11 +11,12 @@ from lora_studio import data, durable, presets, runs, settings
 from lora_studio.errors import RunError, SpecError
 from lora_studio.home import presets_folder
 from lora_studio.jobs import devices, local, queue
-from lora_studio.preflight import Report, gigabytes, pinned, preflight, rates, scale, suggest_lr
+from lora_studio.preflight import Report, gigabytes, pinned, preflight, rates, scale, suggest_lr, suggest_ratio
 from lora_studio.spec import TrainSpec, parse
+from lora_studio.spec.idle import foreign
 from lora_studio.workspace import Workspace
 
-__all__ = ["Report", "gigabytes", "pinned", "preflight", "rates", "scale", "suggest_lr"]
+__all__ = ["Report", "gigabytes", "pinned", "preflight", "rates", "scale", "suggest_lr", "suggest_ratio"]
 
 SAMPLE = re.compile(r"[0-9a-f]{16}\.png")
 
@@ -46,7 +47,7 @@ def spec_of_values(values: dict[str, object]) -> TrainSpec:
     tree: dict = {}
     for leaf in settings.leaves():
         kind = values.get(f"{leaf.group}.kind")
-        if leaf.path in values and (not leaf.kinds or kind in leaf.kinds):
+        if leaf.path in values and (not leaf.kinds or kind in leaf.kinds) and leaf.path not in foreign(values.get("task.kind", "chat")):
             tree = settings.set_path(tree, leaf.path, values[leaf.path])
     return parse(tree)
 
@@ -113,6 +114,11 @@ def show(workspace: Workspace, id: str) -> runs.Status:
 def spec_of(workspace: Workspace, id: str) -> TrainSpec:
     """The spec of a run."""
     return runs.spec_of(workspace.run_folder(id))
+
+
+def writes_captions(workspace: Workspace, id: str) -> bool:
+    """Whether a run writes captions, and trains nothing."""
+    return runs.writes_captions(workspace.run_folder(id))
 
 
 def events(workspace: Workspace, id: str) -> list[dict]:
@@ -203,7 +209,7 @@ def resume(workspace: Workspace, id: str) -> str:
         raise RunError("run.live", id=folder.name, state=status.state)
     if status.state == "done":
         raise RunError("run.finished", id=folder.name)
-    device = devices.resolve(runs.spec_of(folder).compute.device)
+    device = devices.resolve(durable.read_json(folder / "card.json", {}).get("device", "auto") if runs.writes_captions(folder) else runs.spec_of(folder).compute.device)
     for request in ("stop", "save", "sample"):
         runs.answered(folder, request)
     queue.add(workspace, folder, device=device)

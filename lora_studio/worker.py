@@ -96,7 +96,7 @@ class RunDesk:
         if kind in ("eval", "saved", "note"):
             told = (f"{name}={value:.4f}" if isinstance(value, float) else f"{name}={value}" for name, value in fields.items())
             print(" ".join([kind, *told]), flush=True)
-        elif kind == "step" and (fields["step"] % 10 == 0 or fields["step"] == fields["steps"]):
+        elif kind == "step" and "loss" in fields and (fields["step"] % 10 == 0 or fields["step"] == fields["steps"]):
             print(f"step {fields['step']}/{fields['steps']} loss {fields['loss']:.4f}", flush=True)
 
     def flush(self) -> None:
@@ -135,6 +135,10 @@ def work(folder: Path) -> int:
 
 def _train(folder: Path, desk: RunDesk) -> None:
     _quieten()
+    if runs.writes_captions(folder):
+        from lora_studio.inference import captioning
+
+        return captioning.run(folder, desk)
     from lora_studio.training import job
 
     job.train(folder, desk)

@@ -16,11 +16,12 @@ from starlette.background import BackgroundTask
 from starlette.middleware import Middleware
 from starlette.responses import FileResponse, PlainTextResponse, Response
 
-from lora_studio import shelf, studio
+from lora_studio import albums, shelf, studio
 from lora_studio.errors import StudioError
 from lora_studio.ui import guard, theme
 from lora_studio.ui.blend import Blend
 from lora_studio.ui.library import Library
+from lora_studio.ui.pictures import Pictures
 from lora_studio.ui.playground import Playground
 from lora_studio.ui.publish import Publish
 from lora_studio.ui.runs import Runs
@@ -28,7 +29,7 @@ from lora_studio.ui.train import Train
 from lora_studio.workspace import Workspace, local
 
 PUMP_SECONDS = 2.0
-PAGES = {"train": Train, "runs": Runs, "library": Library, "blend": Blend, "playground": Playground, "publish": Publish}
+PAGES = {"train": Train, "pictures": Pictures, "runs": Runs, "library": Library, "blend": Blend, "playground": Playground, "publish": Publish}
 # Tabs say that they were selected while the page loads too; the address follows only once it has been read.
 ADDRESS = "() => { if(!window.studioIsReady) return; const url = new URL(location); url.searchParams.set('tab', '%s'); history.replaceState(null, '', url); }"
 QUIET = {"show_progress": "hidden", "api_visibility": "private"}
@@ -59,6 +60,7 @@ def _connect_pages(tabs: gr.Tabs, by_name: dict, found: dict) -> None:
     found["train"].connect((lambda id: _opened(run, id), [tabs, *run.opened]))
     run.connect(found["train"], library, tabs)
     library.connect(tabs, found)
+    found["pictures"].connect(tabs, found["train"], (lambda id: _opened(run, id), [tabs, *run.opened]))
     found["blend"].connect(tabs, found["playground"], library, publish)
     found["playground"].connect(tabs, found["blend"])
     publish.connect(by_name["publish"])
@@ -72,24 +74,26 @@ def _opened(run: Runs, id: str | None) -> list:
 
 
 def _connect_tabs(pages: gr.Blocks, tabs: gr.Tabs, by_name: dict, found: dict) -> None:
-    """Deep links (?tab=&run=&adapter=), the address that follows, and a timer that ticks only while its page is open."""
-    run, library = found["runs"], found["library"]
+    """Deep links (?tab=&run=&adapter=&album=), the address that follows, and a timer that ticks only while its page is open."""
+    run, library, pictures = found["runs"], found["library"], found["pictures"]
 
     def route(request: gr.Request):
         asked = request.query_params
-        wanted, id, adapter = asked.get("tab"), asked.get("run"), asked.get("adapter")
-        tab = wanted if wanted in by_name else "runs" if id else "library" if adapter else None
+        wanted, id, adapter, album = asked.get("tab"), asked.get("run"), asked.get("adapter"), asked.get("album")
+        tab = wanted if wanted in by_name else "runs" if id else "library" if adapter else "pictures" if album else None
         if tab is None:
-            return [gr.skip()] * (2 + len(run.opened) + len(library.opened))
+            return [gr.skip()] * len(outputs)
         shown = library.open(adapter) if adapter else [gr.skip()] * len(library.opened)
+        shown += pictures.open(album) if album or tab == "pictures" else [gr.skip()] * len(pictures.opened)
         return [gr.Tabs(selected=tab), gr.Timer(active=tab == "runs"), *run.open(id), *shown]
 
-    outputs = [tabs, run.timer, *run.opened, *library.opened]
+    outputs = [tabs, run.timer, *run.opened, *library.opened, *pictures.opened]
     pages.load(route, None, outputs, **QUIET).then(None, None, None, js="() => { window.studioIsReady = true; }", **QUIET)
     for name, tab in by_name.items():
         tab.select(None, None, None, js=ADDRESS % name, api_visibility="private")
         tab.select(lambda name=name: gr.Timer(active=name == "runs"), None, run.timer, queue=False, **QUIET)
     by_name["runs"].select(lambda id, asking: run.open(id) if id is None else [gr.skip()] * 5 + run.refresh(id, asking), [run.chosen, run.asking], run.opened, **QUIET)
+    by_name["pictures"].select(pictures.fresh, [*pictures.asked, pictures.revision], pictures.opened, **QUIET)
     by_name["library"].select(library.search, [*library.asked, library.chosen], library.listed, **QUIET)
 
 
@@ -123,6 +127,7 @@ def serve(*, host: str = "127.0.0.1", port: int = 7860, block: bool = True):
     app.add_api_route("/studio/library/{id}", lambda id: _download(lambda place: shelf.archive(workspace, id, place)), methods=["GET"])
     app.add_api_route("/studio/sample/{id}/{name}", lambda id, name: _picture(lambda: studio.sample(workspace, id, name)), methods=["GET"])
     app.add_api_route("/studio/picture/{name}", lambda name: _picture(lambda: studio.picture(workspace, name)), methods=["GET"])
+    app.add_api_route("/studio/album/{album}/{name:path}", lambda album, name, size="small": _picture(lambda: albums.thumbnail(workspace, album, name, size), "image/jpeg"), methods=["GET"])
     if block:
         pages.block_thread()
     return pages
@@ -139,10 +144,10 @@ def _download(pack) -> Response:
     return FileResponse(archive, filename=archive.name, media_type="application/zip", background=BackgroundTask(shutil.rmtree, place, True))
 
 
-def _picture(find) -> Response:
+def _picture(find, kind: str = "image/png") -> Response:
     """A picture, which never changes under its name."""
     try:
-        return FileResponse(find(), media_type="image/png", headers={"Cache-Control": "private, max-age=86400, immutable"})
+        return FileResponse(find(), media_type=kind, headers={"Cache-Control": "private, max-age=86400, immutable"})
     except StudioError as error:
         return PlainTextResponse(str(error), status_code=404)
 

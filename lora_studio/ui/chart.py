@@ -28,7 +28,7 @@ class _Curve:
         """Add events."""
         self.told = runs.fold([*self.told, *(event for event in events if event["kind"] != "step")])
         for event in events:
-            if event["kind"] == "step":
+            if event["kind"] == "step" and "loss" in event:
                 self.steps.append((event["step"], event["loss"], event.get("lr_A", 0.0), event.get("lr_B", 0.0)))
             elif event["kind"] == "eval":
                 self.judged.append((event["step"], event["loss"]))
@@ -60,7 +60,7 @@ class Curves:
             steps, judged = thin(curve.steps[have:]), curve.judged[have_judged:]
             answer = {"turn": curve.turn, "n": len(curve.steps), "m": len(curve.judged), "fresh": have == 0}
         answer |= {"points": [value for row in steps for value in row], "judged": [value for row in judged for value in row]}
-        return json.dumps(answer | {"state": studio.show(self.workspace, folder.name).state}, separators=(",", ":"))
+        return json.dumps(answer | {"state": studio.show(self.workspace, folder.name).state, "curve": not runs.writes_captions(folder)}, separators=(",", ":"))
 
     def _read(self, folder) -> _Curve:
         curve = self.curves.setdefault(folder.name, _Curve())
@@ -102,7 +102,7 @@ canvas{width:100%;height:280px;display:block}
 """
 SCRIPT = r"""
 const canvas = element.querySelector('canvas'), output = element.querySelector('output'), pen = canvas.getContext('2d');
-let run = null, turn = -1, n = 0, m = 0, points = [], judged = [], state = '', busy = false, view = 'loss';
+let run = null, turn = -1, n = 0, m = 0, points = [], judged = [], state = '', busy = false, view = 'loss', curve = true;
 const WIDTH = 4;
 function number(value){ const a = Math.abs(value); return a && (a < 1e-3 || a >= 1e5) ? value.toExponential(1) : value.toPrecision(3); }
 function tick_(value, span){ return span < 1e-3 || Math.abs(value) >= 1e5 ? value.toExponential(1) : value.toFixed(Math.max(0, Math.min(6, 2 - Math.floor(Math.log10(span))))); }
@@ -118,7 +118,7 @@ function draw(){
   const style = getComputedStyle(element), colour = name => style.getPropertyValue(name).trim();
   const accent = colour('--color-accent'), quiet = colour('--body-text-color-subdued'), grid = colour('--border-color-primary'), text = colour('--body-text-color');
   pen.font = '11px system-ui'; pen.fillStyle = quiet;
-  if(!points.length){ pen.textAlign = 'center'; pen.fillText(run ? (state === 'queued' ? 'waiting for its turn' : state === 'failed' ? 'it failed before its first step' : 'the first step is on its way') : 'no run is chosen', w / 2, h / 2); return; }
+  if(!points.length){ pen.textAlign = 'center'; pen.fillText(run ? (state === 'queued' ? 'waiting for its turn' : !curve ? 'captions have no curve: the log shows them as they are written' : state === 'failed' ? 'it failed before its first step' : 'the first step is on its way') : 'no run is chosen', w / 2, h / 2); return; }
   const marks = []; for(let i = 0; i < judged.length; i += 2) marks.push([judged[i], judged[i + 1]]);
   const drawn = view === 'loss' ? [series(1), marks] : [series(2), series(3)];
   let y0 = Infinity, y1 = -Infinity; for(const rows of drawn) for(const [, y] of rows){ if(y < y0) y0 = y; if(y > y1) y1 = y; }
@@ -151,7 +151,7 @@ async function tick(force){
     if(asked === run && found.points){
       if(found.fresh){ points = []; judged = []; }
       for(const value of found.points) points.push(value); for(const value of found.judged) judged.push(value);
-      turn = found.turn; n = found.n; m = found.m; state = found.state; element.dataset.points = n; draw();
+      turn = found.turn; n = found.n; m = found.m; state = found.state; curve = found.curve; element.dataset.points = n; draw();
     }
   } finally { busy = false; }
 }

@@ -1,12 +1,14 @@
 """The form of a spec: one widget for every setting, made from the spec's own fields, handed over as one dict."""
 
 from collections.abc import Iterable
+from typing import get_origin
 
 import gradio as gr
 import yaml
 
 from lora_studio import families, settings
 from lora_studio.settings import Leaf
+from lora_studio.spec.idle import OF_LANGUAGE, OF_PICTURES, foreign
 
 # What a newcomer needs stands in front; all else is behind "Advanced", by group.
 BASIC = (
@@ -64,13 +66,14 @@ def widget(path: str) -> gr.components.Component:
 
 
 def fits(found: Leaf, kind: str) -> bool:
-    """Whether a setting is one of a kind of task; settings of other groups always are."""
-    return found.group != "task" or not found.kinds or kind in found.kinds
+    """Whether a setting is one of a kind of task; settings of other groups are, but for a few."""
+    return found.path not in foreign(kind) and (found.group != "task" or not found.kinds or kind in found.kinds)
 
 
 def adapt(form: Form, kind: str) -> dict:
     """Updates that show the settings of a kind of task and hide those of the others."""
-    return {component: gr.update(visible=fits(leaf(path), kind)) for path, component in form.items() if leaf(path).kinds and leaf(path).group == "task"}
+    told = {path for path in form if leaf(path).kinds and leaf(path).group == "task"} | set(OF_LANGUAGE + OF_PICTURES)
+    return {component: gr.update(visible=fits(leaf(path), kind)) for path, component in form.items() if path in told}
 
 
 def show(found: Leaf, value):
@@ -80,7 +83,7 @@ def show(found: Leaf, value):
     if found.type is bool or found.choices:
         return value
     if isinstance(value, list):
-        return ", ".join(value) if found.path == "method.targets" else "\n".join(value)
+        return "\n".join(value) if found.type == list[str] else ", ".join(map(str, value))
     if isinstance(value, float):
         return f"{value:g}" if float(f"{value:g}") == value else repr(value)
     return "" if value is None else str(value)
@@ -95,8 +98,10 @@ def read(found: Leaf, shown):
     text = (shown or "").strip() if isinstance(shown, str | None) else str(shown)
     if found.type == list[str]:
         return [line.strip() for line in text.splitlines() if line.strip()]
-    if found.path == "method.targets":
-        return "auto" if text in ("", "auto") else [name.strip() for name in text.strip("[]").split(",") if name.strip()]
+    if found.default == "auto" and text in ("", "auto"):
+        return "auto"
+    if found.path == "method.targets" or get_origin(found.type) is list:
+        return [name.strip() for name in text.strip("[]").split(",") if name.strip()]
     if found.path == "name":
         return shown or ""
     return None if text == "" and (found.optional or found.type is not str) else text

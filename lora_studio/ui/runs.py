@@ -143,7 +143,7 @@ class Runs:
         if status is None:
             return [listed, [], [], samples.EMPTY, "", *[gr.update(interactive=False) for _ in range(7)], gr.update(visible=False)]
         events = self.curves.told(status.id)
-        live = status.is_live or status.state == "queued"
+        live, trains = status.is_live or status.state == "queued", not studio.writes_captions(self.workspace, status.id)
         ready = next((event for event in reversed(events) if event["kind"] == "saved" and event["what"].startswith("adapter")), None)
         return [
             listed,
@@ -152,10 +152,10 @@ class Runs:
             samples.shown(events, status.id),
             studio.log(self.workspace, status.id, LOG_BYTES),
             gr.update(interactive=live),
-            gr.update(interactive=status.is_live),
+            gr.update(interactive=status.is_live and trains),
             gr.update(interactive=status.is_live and any(event["kind"] == "sample" for event in events)),
             gr.update(interactive=status.state in ("stopped", "failed")),
-            gr.update(interactive=True),
+            gr.update(interactive=trains),
             gr.update(interactive=ready is not None and not live),
             gr.update(interactive=ready is not None and not live, link=f"/studio/adapter/{status.id}" if ready and not live else None),
             gr.update(visible=bool(asking and live)),
@@ -239,7 +239,7 @@ def tiles_of(status: runs.Status, events: list[dict]) -> list[dict]:
         (f"{unit}/s", f"{step['tokens_per_second']:,.{0 if unit == 'tokens' else 1}f}" if step else None),
         ("rate of A", f"{step['lr_A']:.2g}" if "lr_A" in step else None),
         ("rate of B", f"{step['lr_B']:.2g}" if "lr_B" in step else None),
-        ("gradient norm", f"{step['grad_norm']:.3g}" if step else None),
+        ("gradient norm", f"{step['grad_norm']:.3g}" if "grad_norm" in step else None),
         ("memory", studio.gigabytes(step["memory"]) if step else None),
     ]
     return [{"label": label, "value": value} for label, value in found if value]
@@ -257,7 +257,7 @@ def notes_of(status: runs.Status, events: list[dict]) -> list[dict]:
     told = []
     for event in events:
         if event["kind"] == "started":
-            told.append(theme.said("note", f"Training on {event['device']} in {event['precision']}: {event['fast']}. Adapter on {', '.join(event['targets'])}."))
+            told.append(theme.said("note", event.get("words") or f"Training on {event['device']} in {event['precision']}: {event['fast']}. Adapter on {', '.join(event['targets'])}."))
         elif event["kind"] in ("note", "resumed"):
             told.append(theme.said("note", event.get("text") or event.get("words") or ""))
     if status.state == "failed":

@@ -63,6 +63,7 @@ CSS = f"""
 .flush .html-container{{padding:0!important}}
 .flush{{border:none!important;background:transparent!important;box-shadow:none!important}}
 #stop-box{{border:1px solid var(--studio-bad-edge);border-radius:10px;padding:12px}}
+@media (min-width:900px){{#pictures-left{{position:sticky;top:8px;align-self:flex-start;max-height:calc(100vh - 16px);overflow-y:auto;scrollbar-width:thin;flex-wrap:nowrap!important}}#pictures-left>*{{flex-shrink:0}}}}
 .mono textarea{{font-family:var(--font-mono);font-size:12.5px;line-height:1.45}}
 """
 

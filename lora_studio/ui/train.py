@@ -1,10 +1,11 @@
 """The Train page: a form from the spec, what will happen and what stands in the way, and one button."""
 
 import json
+from pathlib import Path
 
 import gradio as gr
 
-from lora_studio import data, presets, settings, shelf, studio
+from lora_studio import albums, data, presets, settings, shelf, studio
 from lora_studio.errors import SpecError, StudioError
 from lora_studio.spec import TrainSpec
 from lora_studio.ui import forms, theme
@@ -51,7 +52,8 @@ class Train:
         with gr.Row():
             form["name"], form["base.id"] = forms.widget("name"), forms.widget("base.id")
         self.data = gr.Dropdown(studio.data_choices(self.workspace), value=[], multiselect=True, allow_custom_value=True, label="Rows to train on", info="Pick, or type a path or a Hub data set.", interactive=True)
-        self.upload = gr.UploadButton("Upload rows (.jsonl .json .csv .tsv .parquet) or a .zip of pictures", file_types=[*data.SUFFIXES, ".zip"], file_count="multiple", size="sm")
+        self.upload = gr.UploadButton("Upload rows (.jsonl .json .csv .tsv .parquet), pictures, or a .zip of them", file_types=[*data.SUFFIXES, ".zip", ".txt", *albums.SUFFIXES], file_count="multiple", size="sm")
+        self.captions = gr.Button("Edit captions", size="sm", visible=False, elem_id="edit-captions")
         form["task.kind"] = forms.widget("task.kind")
         with gr.Row():
             form["method.rank"], form["method.alpha"], form["optim.lr"] = (forms.widget(path) for path in ("method.rank", "method.alpha", "optim.lr"))
@@ -94,9 +96,10 @@ class Train:
         gr.on([sources.input, sources.blur], self.follow_sources, picked, self.data, **TYPED)
         kind, base = self.form["task.kind"], self.form["base.id"]
         kind.change(lambda given: forms.adapt(self.form, given), kind, list(forms.adapt(self.form, "chat")), **TYPED)
+        kind.change(lambda given: gr.update(visible=given == "image"), kind, self.captions, **TYPED)
         base.change(self.suit, [base, kind], [kind, self.form["task.resolution"]], **TYPED)
-        self.upload.upload(self.keep, {self.upload, self.form["data"]}, [self.data, self.form["data"]], api_visibility="private")
-        self.plus.input(self.switch, {self.plus, self.form["optim.lr"], self.form["optim.lora_plus_ratio"]}, [self.form["optim.lr"], self.form["optim.lora_plus_ratio"]], **TYPED)
+        self.upload.upload(self.keep, {self.upload, self.form["data"], *self.bringing}, self.brought, api_visibility="private")
+        self.plus.input(self.switch, {self.plus, kind, self.form["optim.lr"], self.form["optim.lora_plus_ratio"]}, [self.form["optim.lr"], self.form["optim.lora_plus_ratio"]], **TYPED)
         self.check.click(self.look_deep, self.inputs, self.shown, show_progress="minimal", show_progress_on=self.problems, api_visibility="private", concurrency_limit=2)
         show, outputs = open_run
         begin = self.start.click(self.begin, self.inputs, [*self.shown, self.started], show_progress="minimal", show_progress_on=self.problems, api_visibility="private", concurrency_limit=2)
@@ -121,27 +124,58 @@ class Train:
 
     def pick(self, given: dict):
         """The sources as YAML for the rows that were picked; what was set for a source stays with it."""
-        before = {source["path"]: source for source in _sources(given[self.form["data"]])}
+        before = {source["path"]: source for source in sources_of(given[self.form["data"]])}
         if list(before) == (given[self.data] or []):
             return gr.skip()
         return forms.show(forms.leaf("data"), [before.get(path, {"path": path}) for path in given[self.data] or []])
 
     def follow_sources(self, given: dict):
         """The rows that the sources name."""
-        named = [source["path"] for source in _sources(given[self.form["data"]])]
+        named = [source["path"] for source in sources_of(given[self.form["data"]])]
         return gr.skip() if named == given[self.data] else gr.update(value=named, choices=studio.data_choices(self.workspace))
 
     def keep(self, given: dict):
-        """Keep uploaded files in the workspace and add them to the sources."""
-        sources = _sources(given[self.form["data"]])
+        """Keep uploaded files in the workspace and add them to the sources. Pictures that come one by one become an album."""
+        sources, files = sources_of(given[self.form["data"]]), [Path(file.replace("\\", "/")) for file in given[self.upload] or []]
+        loose = [file for file in files if file.suffix.lower() in (*albums.SUFFIXES, ".txt", ".caption")]
         try:
-            paths = [studio.upload(self.workspace, file, file.replace("\\", "/").rsplit("/", 1)[-1]) for file in given[self.upload] or []]
+            paths = [studio.upload(self.workspace, str(file), file.name) for file in files if file not in loose]
+            if loose:
+                album, found = albums.create(self.workspace, loose)
+                paths.append(albums.source_of(self.workspace, album).path)
+                for sentence in found.sentences():
+                    gr.Warning(sentence)
         except StudioError as error:
             gr.Warning(str(error))
-            return gr.skip(), gr.skip()
+            return [gr.skip()] * len(self.brought)
+        if loose and given[self.form["task.kind"]] != "image":
+            return self.bring(paths[-1], *(given[part] for part in self.bringing))
         sources += [{"path": path} for path in paths if path not in {source["path"] for source in sources}]
-        shown = gr.update(value=[source["path"] for source in sources], choices=studio.data_choices(self.workspace))
-        return shown, forms.show(forms.leaf("data"), sources)
+        return [gr.skip(), *self.rows_of(sources), *[gr.skip()] * (len(self.brought) - 3)]
+
+    def rows_of(self, sources: list[dict]) -> list:
+        """Updates of the sources as YAML and of the rows picked."""
+        picked = gr.update(value=[source["path"] for source in sources], choices=studio.data_choices(self.workspace))
+        return [forms.show(forms.leaf("data"), sources), picked]
+
+    @property
+    def bringing(self) -> list:
+        """What `bring` has to know."""
+        return [self.form["base.id"], self.form["task.kind"]]
+
+    @property
+    def brought(self) -> list:
+        """What `bring` fills."""
+        return [self.form["task.kind"], self.form["data"], self.data, *(self.form[path] for path in ("base.id", "task.resolution", "name", "output.sample_prompts"))]
+
+    def bring(self, path: str, base, kind: str) -> list:
+        """Updates for `brought`: a folder of pictures as the only source, and a base that draws where the chosen one does not."""
+        rows = self.rows_of([{"path": path}])
+        if shelf.picture_edge(str(base or "").strip()) != 0:
+            return ["image", *rows, *[gr.skip()] * 4]
+        album = albums.named(self.workspace, path)
+        captions = [" ".join(text.split()) for text in albums.view(self.workspace, album).captions.values() if text] if album else []
+        return ["image", *rows, "demo-image", str(shelf.picture_edge("demo-image")), Path(path).name, "\n".join(list(dict.fromkeys(captions))[:2])]
 
     def suit(self, base, kind: str) -> list:
         """The kind of rows that fits a base: pictures, at the size its family was trained at, or words again."""
@@ -151,16 +185,18 @@ class Train:
         return ["chat" if edge == 0 and kind == "image" else gr.skip(), gr.skip()]
 
     def switch(self, given: dict):
-        """LoRA+ on: a ratio of 16 and a lower base rate; off: the other way round."""
+        """LoRA+ on: the usual ratio and a lower base rate, by the kind of rows; off: the other way round."""
+        kind = given[self.form["task.kind"]]
+        ratio = studio.suggest_ratio(kind)
         try:
             rate = float(given[self.form["optim.lr"]])
         except ValueError:
-            return gr.skip(), "16" if given[self.plus] else ""
+            return gr.skip(), f"{ratio:g}" if given[self.plus] else ""
         if given[self.plus]:
-            lower = studio.suggest_lr(rate)
-            gr.Info(f"The base rate was lowered from {rate:g} to {lower:g}: with LoRA+ the best rate of A is about an eighth.")
-            return f"{lower:g}", "16"
-        return f"{float(f'{rate * 8:.2g}'):g}", ""
+            lower = studio.suggest_lr(rate, kind)
+            gr.Info(f"The base rate was lowered from {rate:g} to {lower:g}: with LoRA+ at {ratio:g} the best rate of A is lower by about {ratio / 2:g}.")
+            return f"{lower:g}", f"{ratio:g}"
+        return f"{float(f'{rate * ratio / 2:.2g}'):g}", ""
 
     # ---- what is shown
 
@@ -210,7 +246,7 @@ class Train:
         return [*shown, id]
 
 
-def _sources(text: str) -> list[dict]:
+def sources_of(text: str) -> list[dict]:
     try:
         found = settings.read_yaml(text or "", "Sources")
     except SpecError:
@@ -228,6 +264,8 @@ def tiles_of(facts: dict) -> list[dict]:
         ("model memory", studio.gigabytes(facts["memory_rows_full"]) if facts.get("memory_rows_full") else None),
         ("steps", f"{facts['steps']:,}" if "steps" in facts else None),
         ("size" if len(sizes) == 1 else "sizes", next(iter(sizes)) if len(sizes) == 1 else str(len(sizes)) if sizes else None),
+        ("class pictures", f"{facts['prior']:,}" if facts.get("prior") else None),
+        ("with a mask", f"{facts['masks']:,}" if facts.get("masks") else None),
         ("longest row", f"{facts['longest']:,} tokens" if "longest" in facts else None),
         ("device", facts.get("device")),
     ]

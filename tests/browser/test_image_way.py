@@ -13,7 +13,7 @@ from lora_studio import library, workspace
 from lora_studio.adapters.pipeline_files import NAME
 from lora_studio.home import demo_base, presets_folder
 from tests.browser.conftest import Server, hub_environment, pages
-from tests.browser.test_whole_way import box, choose, sign_in, train
+from tests.browser.test_whole_way import box, choose, sign_in, train, watch
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 PROMPT = "a red star on a blue background"
@@ -47,19 +47,34 @@ def test_from_dropped_pictures_to_a_published_blend(chromium, hub, tmp_path, arc
     try:
         with pages(chromium) as opened:
             page = opened(server)
-            # A zip of pictures is dropped, and seen with its captions; the form turns to pictures with the base.
+            # A preset fills the form. A zip of its pictures is dropped, captions are edited and an edit undone, and the run is to use them.
             page.get_by_label("Preset").click()
             page.get_by_role("option", name="demo/stripes").click()
             expect(box(page, "field-name")).to_have_value("stripes")
-            page.locator("input[type=file]").first.set_input_files(str(archive))
-            expect(page.locator("#preview img").first).to_be_visible()
-            expect(page.locator("#problems")).to_contain_text("Ready to start.")
             expect(page.locator("#field-task-resolution")).to_be_hidden()  # within a closed accordion
             expect(page.locator("#field-task-max_length")).to_have_count(0)
+            page.get_by_role("tab", name="Pictures").click()
+            page.locator("#drop input[type=file]").set_input_files(str(archive))
+            expect(page.locator("#gallery figure")).to_have_count(24)
+            expect(page.get_by_label("Caption of 00.png", exact=True)).to_have_value("a green circle on a red background")
+            box(page, "find").fill(" background")
+            page.get_by_role("button", name="Replace", exact=True).click()
+            expect(page.locator("#album-told")).to_contain_text("24 captions were changed.")
+            page.locator("#undo-edit").click()
+            expect(page.get_by_label("Caption of 00.png", exact=True)).to_have_value("a green circle on a red background")
+            box(page, "find").fill("orange square on a green")
+            box(page, "put").fill("orange square upon a green")
+            page.get_by_role("button", name="Replace", exact=True).click()
+            expect(page.locator("#album-told")).to_contain_text("1 caption was changed.")
+            page.get_by_role("button", name="Train with these").click()
+            expect(page.locator("#preview")).to_contain_text("an orange square upon a green background")
+            expect(page.locator("#problems")).to_contain_text("Ready to start.")
+            expect(box(page, "field-name")).to_have_value("stripes")
 
             # Train both styles; sample pictures appear.
-            train(page, "demo/stripes", "stripes")
-            expect(page.locator("#samples img").first).to_be_visible()
+            watch(page, "stripes")
+            expect(page.locator("#samples tbody tr").first).to_contain_text("base")
+            assert page.locator("#samples img").count() >= 4
             train(page, "demo/outline", "outline")
             page.get_by_role("button", name="Show in library").click()
             expect(page.locator("#cards .card b")).to_have_text(["outline", "stripes"])
@@ -80,6 +95,18 @@ def test_from_dropped_pictures_to_a_published_blend(chromium, hub, tmp_path, arc
             assert base != blend
             drawn = Image.open(io.BytesIO(page.request.get(server.url + blend).body()))
             told = json.loads(drawn.text["lora-studio"])
+
+            # A grid of strengths and prompts, saved as one picture with its settings inside.
+            page.get_by_text("Grid: adapters").click()
+            page.locator("#grid-strengths").locator("input, textarea").first.fill("0, 1")
+            page.locator("#grid-prompts textarea").fill(f"{PROMPT}\na green heart on a pink background")
+            page.locator("#grid-start").click()
+            expect(page.locator("#grid .saved a")).to_be_visible(timeout=180_000)
+            expect(page.locator("#grid td img")).to_have_count(4)
+            whole = Image.open(io.BytesIO(page.request.get(server.url + page.locator("#grid .saved a").get_attribute("href")).body()))
+            assert json.loads(whole.text["lora-studio"])["strengths"] == [0.0, 1.0]
+            first = page.request.get(server.url + page.locator("#grid td img").first.get_attribute("src")).body()
+            assert Image.open(io.BytesIO(first)).tobytes() == Image.open(io.BytesIO(page.request.get(server.url + base).body())).tobytes()
 
             # Publish it; a fresh stock pipeline draws the playground's picture, bit for bit.
             page.get_by_role("tab", name="Library").click()

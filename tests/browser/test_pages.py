@@ -9,8 +9,8 @@ from PIL import Image
 from playwright.sync_api import expect
 
 from lora_studio import durable, runs, workspace
+from lora_studio.pictures import samples
 from lora_studio.spec import parse
-from lora_studio.training import samples
 from tests import tiny
 
 pytestmark = pytest.mark.browser

@@ -30,6 +30,11 @@ def train(page, preset: str, name: str) -> None:
     page.get_by_role("option", name=preset).click()
     expect(box(page, "field-name")).to_have_value(name)
     expect(page.locator("#problems")).to_contain_text("Ready to start.")
+    watch(page, name)
+
+
+def watch(page, name: str) -> None:
+    """Start what the form holds, and stay until it is done."""
     page.get_by_role("button", name="Start training").click()
     expect(page.get_by_role("tab", name="Runs")).to_have_attribute("aria-selected", "true", timeout=90_000)
     expect(page.locator("#runs .run").first).to_contain_text(name)

@@ -55,3 +55,31 @@ def test_what_cannot_be_read_is_a_sentence(pages):
 def test_the_pages_leave_torch_alone():
     code = "import sys; from lora_studio import ui; ui.build(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_lists_of_numbers_stand_on_one_line_and_a_word_or_a_number_is_either():
+    edges, shift = forms.leaf("task.more_resolutions"), forms.leaf("task.shift")
+    assert forms.show(edges, [512, 768]) == "512, 768" and forms.show(edges, []) == ""
+    for text in ("512, 768", "[512, 768]", " 512,768 "):
+        assert parse({"data": [{"path": "x"}], "task": {"kind": "image", "resolution": 1024, "more_resolutions": forms.read(edges, text)}}).task.more_resolutions == [512, 768]
+    for text, wanted in (("", "auto"), ("auto", "auto"), ("resolution", "resolution"), ("3", 3.0), ("2.5", 2.5)):
+        assert parse({"data": [{"path": "x"}], "task": {"kind": "image", "shift": forms.read(shift, text)}}).task.shift == wanted
+    assert [forms.show(shift, value) for value in ("auto", 3.0)] == ["auto", "3"]
+
+
+def test_what_only_pictures_or_only_words_have_a_use_for_is_hidden_from_the_other_and_left_out(pages):
+    for kind, hidden, shown in (("chat", "compute.block_swap", "compute.packing"), ("image", "output.sample_tokens", "compute.quantize")):
+        told = forms.adapt(pages.form, kind)
+        assert told[pages.form[hidden]]["visible"] is False and told[pages.form[shown]]["visible"] is True
+    values = studio.form_values("demo/pirate") | {"compute.quantize": "4bit", "compute.compile": True}
+    assert studio.spec_of_values(values) == studio.spec_of_values(studio.form_values("demo/pirate"))
+    values = studio.form_values("demo/stripes") | {"compute.packing": False, "output.sample_tokens": 7}
+    assert studio.spec_of_values(values) == studio.spec_of_values(studio.form_values("demo/stripes"))
+
+
+def test_the_switch_of_lora_plus_goes_by_the_kind_of_rows_there_and_back(pages):
+    form = pages.form
+    for kind, ratio, lower in (("chat", "16", "2.5e-05"), ("image", "4", "0.0001")):
+        given = {form["task.kind"]: kind, form["optim.lora_plus_ratio"]: "", form["optim.lr"]: "2e-4", pages.plus: True}
+        assert pages.switch(given) == (lower, ratio)
+        assert pages.switch({**given, form["optim.lr"]: lower, pages.plus: False}) == ("0.0002", "")
