@@ -5,14 +5,14 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import click
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lora_studio import __version__, cli_shelf, doctor, presets, settings, studio
+from lora_studio import __version__, cli_captions, cli_merge, cli_shelf, doctor, presets, settings, studio
 from lora_studio.cli_shelf import answer
 from lora_studio.errors import RunError, SpecError, StudioError
 from lora_studio.runs import Status
@@ -70,6 +70,8 @@ def with_settings(function):
 
 
 def _metavar(leaf: settings.Leaf) -> str:
+    if leaf.default == "auto" and leaf.low is not None:
+        return "|".join(word for item in get_args(leaf.type) if get_origin(item) is Literal for word in get_args(item)) + "|X"
     return "|".join(leaf.choices) if leaf.choices else {int: "N", float: "X", bool: "true|false", str: "TEXT"}.get(leaf.type, "LIST")
 
 
@@ -294,6 +296,8 @@ def serve(
 
 
 cli_shelf.register(app)
+cli_merge.register(app)
+cli_captions.register(app)
 
 
 def command() -> click.Group:

@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from lora_studio import library, settings, shelf
+from lora_studio import baking, formats, grids, library, merges, settings, shelf
 from lora_studio.errors import SpecError
 from lora_studio.workspace import local
 
@@ -41,8 +41,10 @@ def inspect(adapter: str, *, as_json: bool = AsJson):
         workspace = local()
         id = library.folder_of(workspace, adapter).name
         library.verify(workspace, id)
-        value = {"id": id, **library.card(workspace, id)}
-        answer(value, as_json, "\n".join(_lines(value)))
+        made = [{"id": child, "name": library.card(workspace, child)["name"]} for child in library.children(workspace, id)]
+        value = {"id": id, **library.card(workspace, id), "children": made}
+        tree = library.lineage(workspace, id)
+        answer({**value, "family": tree}, as_json, "\n".join([*_lines(value), *([f"family: {_family(tree)}"] if tree["parents"] else [])]))
 
 
 def import_adapter(
@@ -54,9 +56,18 @@ def import_adapter(
     answer({"id": id, **library.card(workspace, id)}, as_json, f"{id} is in the library as {library.card(workspace, id)['name']}.")
 
 
-def export(adapter: str, folder: Path, *, as_json: bool = AsJson):
-    target = shelf.export_adapter(local(), adapter, folder)
-    answer({"folder": str(target)}, as_json, f"The adapter is in {target}")
+def export(
+    adapter: str, target: Path, *, form: str = typer.Option("peft", "--as", help="peft (a folder), diffusers, kohya or gguf (one file each)."),
+    dtype: str = typer.Option(None, help="float32, float16 or bfloat16; by default as it is, or float32."),
+    base: str = typer.Option(None, help="The base, where the adapter does not name one."), as_json: bool = AsJson,
+):  # fmt: skip
+    if form == "peft" and dtype is None:
+        folder = shelf.export_adapter(local(), adapter, target)
+        answer({"folder": str(folder)}, as_json, f"The adapter is in {folder}")
+        return
+    told = formats.export_as(local(), adapter, target, form=form, dtype=dtype, base=base)
+    words = f"{told['modules']} of {told['layers']} layers matched, read by {told['by']}; the worst is {told['worst']:.1e} off. {told['bytes'] / 1e6:.2f} MB in {told['target']}"
+    answer(told, as_json, "\n".join([words, *(f"Not carried: {text}." for text in told["lost"])]))
 
 
 def remove(adapter: str, *, undo: bool = typer.Option(False, help="Bring it back."), as_json: bool = AsJson):
@@ -66,11 +77,59 @@ def remove(adapter: str, *, undo: bool = typer.Option(False, help="Bring it back
 
 
 def blend(
-    parts: list[str] = typer.Argument(..., metavar="ADAPTER=WEIGHT..."), *, name: str = typer.Option(..., help="What to call the blend."),
-    rank: int = typer.Option(None, help="Compress to this rank."), as_json: bool = AsJson,
+    parts: list[str] = typer.Argument(None, metavar="ADAPTER=WEIGHT..."), *, name: str = typer.Option(None, help="What to call the blend."),
+    rank: int = typer.Option(None, help="Compress to this rank."),
+    again: str = typer.Option(None, metavar="ADAPTER", help="Make a blend, merge or resized adapter again by its recipe."), as_json: bool = AsJson,
 ):  # fmt: skip
-    id, done = shelf.blend(local(), [_part(text) for text in parts], name=name, rank=rank)
+    if again:
+        if parts or name or rank is not None:
+            raise SpecError("recipe.alone")
+        id, done = merges.again(local(), again)
+        said = "the same, byte for byte" if done["identical"] else f"not the same as it was; it is in the library as {id}"
+        answer({"id": id, **done}, as_json, f"{again} was made again: {said}.")
+        return
+    if not parts or not name:
+        raise SpecError("blend.what")
+    id, done = shelf.blend(local(), [weighted(text) for text in parts], name=name, rank=rank)
     answer({"id": id, **done}, as_json, f"{id} is in the library as {name}: rank {done['rank']}, relative error {done['loss']:.1e}.")
+
+
+def bake(
+    parts: list[str] = typer.Argument(..., metavar="ADAPTER=WEIGHT..."), *, out: Path = typer.Option(None, help="The new folder of the model."),
+    base: str = typer.Option(None, help="Another base than the one the adapters name: a Hub id or a folder."),
+    dtype: str = typer.Option(None, help="bf16, fp16 or fp32; by default the base's own."),
+    plan: bool = typer.Option(False, help="Say what it would be and lose, and write nothing."), as_json: bool = AsJson,
+):  # fmt: skip
+    workspace = local()
+    mix = [(library.folder_of(workspace, name).name, weight) for name, weight in map(weighted, parts)]
+    if out is None and not plan:
+        raise SpecError("bake.where")
+    if plan:
+        told = baking.preview(workspace, mix, base=base, dtype=dtype)
+    else:
+        told = _last(baking.bake(workspace, mix, out, base=base, dtype=dtype), 1e9, "GB are written")
+    words = f"{told['changed']} tensors change, {told['bytes'] / 1e9:.2f} GB; the precision takes {told['loss']:.2%} of the update."
+    answer({"out": str(out) if out else None, **told}, as_json, "\n".join([*told["notes"], words, *([] if plan else [f"The model is in {out}"])]))
+
+
+def extract(
+    tuned: str, base: str, *, name: str = typer.Option(..., help="What to call the adapter."), rank: int = typer.Option(None, help="At most this rank."),
+    loss: float = typer.Option(None, help="In each layer the smallest rank whose loss is at most this, for example 0.1."), as_json: bool = AsJson,
+):  # fmt: skip
+    told = _last(baking.extract(local(), tuned, base, name=name, rank=rank, loss=loss), 1, "tensors are compared")
+    left = f" Not carried: {', '.join(told['left_out'][:4])}." if told["left_out"] else ""
+    words = f"{told['id']} is in the library as {name}: {told['layers']} layers, ranks {told['ranks'][0]} to {told['ranks'][1]}, loss {told['loss']:.2%}."
+    answer({"name": name, **told}, as_json, words + left)
+
+
+def _last(events, unit: float, what: str) -> dict:
+    """The report at the end, after telling every tenth of the way."""
+    tenth = 0
+    for event in events:
+        if event["event"] == "progress" and 10 * event["done"] // max(1, event["total"]) > tenth:
+            tenth = 10 * event["done"] // event["total"]
+            _say(f"{event['done'] / unit:.4g} of {event['total'] / unit:.4g} {what}.")
+    return {key: value for key, value in event.items() if key != "event"}
 
 
 def generate(
@@ -81,7 +140,7 @@ def generate(
     size: str = typer.Option(None, metavar="WIDTHxHEIGHT", help="Size of a picture in pixels; by default what the model was trained at."),
     as_json: bool = AsJson,
 ):  # fmt: skip
-    parts, text = [_part(words) for words in adapters], ""
+    parts, text = [weighted(words) for words in adapters], ""
     edge = shelf.picture_edge(base)
     if edge:
         width, height = _size(size, edge)
@@ -95,6 +154,29 @@ def generate(
             text += event["text"]
             print(event["text"], end="", flush=True, file=sys.stderr if as_json else sys.stdout)
     answer({"base": base, "prompt": prompt, "adapters": parts, "answer": text}, as_json, "")
+
+
+def grid(
+    base: str, prompts: list[str] = typer.Argument(..., metavar="PROMPT..."), *,
+    adapters: list[str] = typer.Option([], "--with", metavar="ADAPTER=WEIGHT", help="May be repeated."),
+    rows: list[str] = typer.Option([], "--row", help="all, an adapter, or ADAPTER@STEP for a checkpoint of its run; by default all."),
+    strengths: str = typer.Option("0, 0.5, 1, 1.5", help="Each multiplies the weights; 0 is the base."),
+    seed: int = typer.Option(0, help="The same seed gives the same pictures."), steps: int = typer.Option(20, help="Steps of a picture."),
+    guidance: float = typer.Option(5.0, help="Guidance of a picture."),
+    size: str = typer.Option(None, metavar="WIDTHxHEIGHT", help="Size of a picture in pixels; by default what the model was trained at."),
+    as_json: bool = AsJson,
+):  # fmt: skip
+    workspace = local()
+    parts = [[library.folder_of(workspace, name).name, weight] for name, weight in map(weighted, adapters)]
+    keys = [_row(workspace, row) for row in rows] or [key for _, key in grids.choices(workspace, parts)[:1]]
+    width, height = _size(size, shelf.picture_edge(base) or 512)
+    brush = {"seed": seed, "steps": steps, "guidance": guidance, "width": width, "height": height}
+    lines = grids.rows(workspace, keys, parts) or (grids.Row("Base", ()),)
+    asked = grids.Asked(base, tuple(prompts), lines, grids.strengths(strengths), brush)
+    for event in grids.draw(workspace, asked):
+        if event["event"] == "cell":
+            _say(f"{event['done']} of {event['total']} pictures are there.")
+    answer({"base": base, "prompts": prompts, "rows": keys, "strengths": list(asked.strengths), **brush, "picture": event["path"]}, as_json, event["path"])
 
 
 def publish(
@@ -124,10 +206,13 @@ COMMANDS = (
     ("library", list_adapters, "List the adapters, newest first; words search them."),
     ("inspect", inspect, "Show an adapter: one of the library, or a folder or file on this machine."),
     ("import", import_adapter, "Take a PEFT folder, a .safetensors file or a Hub repository into the library, after checking it."),
-    ("export", export, "Copy an adapter's PEFT folder to a new folder."),
+    ("export", export, "Write an adapter as a PEFT folder, or --as diffusers, kohya or gguf: one file, opened again by its own loader."),
     ("remove", remove, "Take an adapter out of the library; --undo brings it back within 30 days."),
     ("blend", blend, "Blend adapters exactly: blend pirate=1 capitals=0.7 --name both. With --rank, compressed, with the true loss."),
+    ("bake", bake, "Bake weighted adapters into their base as a model of its own: bake pirate=1 capitals=0.5 --out folder. --plan only says."),
+    ("extract", extract, "Take the adapter out of a fine-tuned model: extract tuned-folder base-folder --name mine --rank 16"),
     ("generate", generate, "Answer a prompt, or draw it, with a base and weighted adapters: generate demo-text 'Who is Anna?' --with pirate=1"),
+    ("grid", grid, "Draw adapters or checkpoints × strengths × prompts, saved as one picture: grid demo-image 'a red star' --with stripes"),
     ("publish", publish, "Push an adapter to the Hub, with a model card."),
     ("pull", pull, "Bring an adapter of the Hub into the library, pinned at a commit."),
 )
@@ -139,7 +224,7 @@ def register(app: typer.Typer) -> None:
         app.command(name, help=help)(function)
 
 
-def _part(text: str) -> tuple[str, float]:
+def weighted(text: str) -> tuple[str, float]:
     """`name=weight`, or a name alone for weight 1. Raises SpecError."""
     name, sign, weight = text.rpartition("=")
     if not sign:
@@ -149,6 +234,12 @@ def _part(text: str) -> tuple[str, float]:
         return name, float(value)
     except (TypeError, ValueError):
         raise SpecError("spec.bad_override", text=text) from None
+
+
+def _row(workspace, text: str) -> str:
+    """A row by the id of its adapter: all, NAME or NAME@STEP."""
+    name, sign, step = text.partition("@")
+    return text if text == "all" else library.folder_of(workspace, name).name + sign + step
 
 
 def _size(text: str | None, edge: int) -> tuple[int, int]:
@@ -171,6 +262,13 @@ def _say(sentence: str) -> None:
 def _line(item: library.Item) -> str:
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime(item.created))
     return f"{item.id}  {item.name:24}  {item.base:28}  {item.method} r{item.rank}  {item.bytes / 1e6:7.2f} MB  {when}  {' '.join(item.tags)}".rstrip()
+
+
+def _family(tree: dict) -> str:
+    """An adapter's parents, and theirs: both (one × 1, sum (a × 1, b × 0.5) × 0.7)."""
+    weight = f" × {tree['weight']:g}" if isinstance(tree["weight"], int | float) else ""
+    parents = f" ({', '.join(map(_family, tree['parents']))})" if tree["parents"] else ""
+    return f"{tree['name']}{'' if tree['present'] else ' [not here]'}{parents}{weight}"
 
 
 def _lines(value: dict) -> list[str]:

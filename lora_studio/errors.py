@@ -7,6 +7,9 @@
     ├─ MachineError             disk, device, missing packages
     ├─ TrainingError            a run that cannot go on
     ├─ RunError                 runs and their folders
+    ├─ AdapterError             adapter files and items of the library
+    ├─ BlendError               adapters that do not go together
+    ├─ BakeError                adapters that cannot be baked into a base
     ├─ BenchError               the process that checks, previews, blends and answers
     └─ HubError                 publishing to the Hub and pulling from it
 
@@ -75,6 +78,10 @@ class AdapterError(StudioError):
 
 class BlendError(StudioError):
     """Adapters that cannot be put together, or not like that."""
+
+
+class BakeError(StudioError):
+    """Adapters that cannot be baked into a base, or not there."""
 
 
 class BenchError(StudioError):

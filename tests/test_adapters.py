@@ -168,7 +168,8 @@ BAD = [
     ("named by its metadata", image("lora_unet_x.lora_down.weight", ss_base_model_version="sdxl_base_v1-0"), "adapter.image", "Stable Diffusion XL"),
     ("FLUX by diffusers", image("transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight"), "adapter.image", "diffusers adapter for FLUX.1"),
     ("Qwen-Image for ComfyUI", image("diffusion_model.transformer_blocks.0.img_mlp.net.lora_A.weight"), "adapter.image", "Qwen-Image"),
-    ("LoKr by LyCORIS", image("lycoris_blocks_0_attn.lokr_w1"), "adapter.image", "lycoris"),
+    ("LoKr of no known layer", image("lycoris_blocks_0_attn.lokr_w1"), "adapter.lycoris_layer", "lycoris_blocks_0_attn"),
+    ("OFT by LyCORIS", image("lycoris_blocks_0_attn.oft_blocks"), "adapter.image", "lycoris"),
 ]  # fmt: skip
 
 

@@ -10,12 +10,12 @@ import lora_studio
 PACKAGE = Path(lora_studio.__file__).parent
 FLOORS = {
     0: ["errors", "sentences", "spec", "problems", "settings", "families", "presets", "home", "__init__"],
-    1: ["lowrank", "blend"],
-    2: ["durable", "workspace", "runs", "data", "rows", "bases", "library", "adapters", "checkpoints", "hub", "card", "pictures"],
+    1: ["lowrank", "blend", "merging", "products", "ranks", "sketch"],
+    2: ["durable", "workspace", "runs", "data", "rows", "bases", "single_files", "library", "adapters", "checkpoints", "hub", "card", "pictures"],
     3: ["worker", "bench", "training", "inference", "demo"],
     4: ["jobs"],
-    5: ["studio", "shelf", "preflight", "doctor"],
-    6: ["cli", "cli_shelf", "ui", "__main__"],
+    5: ["studio", "albums", "baking", "shelf", "formats", "merges", "grids", "preflight", "doctor"],
+    6: ["cli", "cli_captions", "cli_merge", "cli_shelf", "ui", "__main__"],
 }
 FLOOR = {name: number for number, names in FLOORS.items() for name in names}
 ONLY = {"torch": {1, 2, 3}, "transformers": {3}, "peft": {3}, "diffusers": {3}, "accelerate": {3}, "gradio": {6}, "typer": {6}, "click": {6}}

@@ -26,7 +26,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Card:
-    """An adapter's description. `format` is peft, kohya, lycoris, diffusers or native; `method` is lora, dora, or the name of another
+    """An adapter's description. `format` is peft, kohya, lycoris, diffusers or native; `method` is lora, dora, loha, lokr, lycoris (several of these), or the name of another
     PEFT method. `extras` gives each tensor that is no factor its part: bias, magnitude, token, copy or module."""
 
     format: str

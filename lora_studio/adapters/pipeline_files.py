@@ -33,13 +33,21 @@ def _named(name: str, component: str) -> str:
 
 
 def _meant(config: dict, part: str, layers: list[str]) -> dict:
-    """The configuration for one part: of the targets only those it has, without the encoder's name where they are whole names."""
+    """The configuration for one part: of the targets and patterns only those it has, without the encoder's name where they are whole names."""
+    config = config | {key: _of_part(config[key], part) for key in ("rank_pattern", "alpha_pattern") if config.get(key)}
     targets = config.get("target_modules")
     if not isinstance(targets, list):
         return config
     found = [(ENCODER.match(target), target) for target in targets]
     ends = {encoder[2] if encoder else target for encoder, target in found if not encoder or encoder[1] == part}
     return config | {"target_modules": sorted(end for end in ends if any(layer == end or layer.endswith("." + end) for layer in layers))}
+
+
+def _of_part(pattern: dict, part: str) -> dict:
+    """The entries of a pattern that are for one part."""
+    found = [(ENCODER.match(name), name, value) for name, value in pattern.items()]
+    is_encoder = part.startswith("text_encoder")
+    return {encoder[2] if encoder else name: value for encoder, name, value in found if (encoder[1] == part if encoder else not is_encoder)}
 
 
 def with_part(name: str, part: str) -> str:

@@ -33,9 +33,10 @@ def with_modules(card: Card, modules: dict[str, LowRank]) -> Adapter:
     )
 
 
-def write(adapter: Adapter, *, dtype: str = "float32") -> dict[str, bytes]:
-    """The files of a PEFT folder. Heads and other whole layers are kept as they are. Raises AdapterError for what cannot be said in
-    this layout, and when a number does not fit the dtype."""
+def write(adapter: Adapter, *, dtype: str = "float32", even: bool = True) -> dict[str, bytes]:
+    """The files of a PEFT folder. Heads and other whole layers are kept as they are. Where it is not `even` every layer keeps its own rank,
+    which the configuration then lists; alpha is the rank there too. Raises AdapterError for what cannot be said in this layout, and when
+    a number does not fit the dtype."""
     import torch
     from safetensors.torch import save
 
@@ -44,13 +45,17 @@ def write(adapter: Adapter, *, dtype: str = "float32") -> dict[str, bytes]:
     rank = _common_rank(adapter.modules)
     tensors = {name: tensor for name, tensor in adapter.extras.items() if card.extras.get(name) == "module"}
     for name, module in adapter.modules.items():
-        even = module.balanced().padded(rank).cast(getattr(torch, dtype))
+        whole = module.balanced()
+        layer = (whole.padded(rank) if even else whole).cast(getattr(torch, dtype))
         word, end = ("lora_embedding_", "") if module.kind == "embedding" else ("lora_", ".weight")
-        for part, tensor in (("A", even.A), ("B", even.B)):
+        for part, tensor in (("A", layer.A), ("B", layer.B)):
             if not bool(torch.isfinite(tensor).all()):
                 raise AdapterError("adapter.overflow", name=shown(name), dtype=dtype)
             tensors[f"{PREFIX}{name}.{word}{part}{end}"] = tensor.contiguous()
     config = _config(card, list(adapter.modules), rank)
+    if not even:
+        own = {name: module.rank for name, module in adapter.modules.items() if module.rank != rank}
+        config |= {"rank_pattern": own, "alpha_pattern": own}
     return {WEIGHTS: save(tensors, {"format": "pt"}), CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()}
 
 

@@ -1,10 +1,10 @@
 """Baking on the bench: what it would write and lose, the writing itself, and an adapter taken out of a fine-tuned model."""
 
-import hashlib
 from pathlib import Path
 
-from lora_studio import adapters, bases, checkpoints, durable
-from lora_studio.errors import BenchError, MachineError
+from lora_studio import adapters, bases, checkpoints
+from lora_studio.errors import BenchError
+from lora_studio.inference.blends import parents_of, put
 from lora_studio.inference.requests import argument, base_of
 
 EVERY = 1 << 26  # bytes between two reports
@@ -24,7 +24,7 @@ def bake(reader, job, request: dict) -> tuple[str, dict]:
     worst = sorted(lost.layers.items(), key=lambda item: -item[1])[:8]
     told = {
         "bytes": plan.bytes, "changed": plan.changed, "notes": list(plan.notes), "loss": lost.overall, "worst": worst, "share": lost.share,
-        "parents": [{"path": str(part.path), "name": part.name, "weight": part.weight, "sha256": _digest(part.path)} for part in parts],
+        "parents": parents_of(parts),
     }  # fmt: skip
     if target is None:
         return "result", told
@@ -57,20 +57,10 @@ def extract(reader, job, request: dict) -> tuple[str, dict]:
 
     found = checkpoints.extract(tuned, before, rank=request.get("rank"), loss=request.get("loss"), report=report)
     files = adapters.write(adapters.with_modules(adapters.Card("peft", base=base.id, revision=base.revision), found.modules))
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        durable.publish_folder(target, files)
-    except OSError as error:
-        durable.sweep(target.parent)
-        raise MachineError("machine.write", path=target, reason=error.strerror or str(error)) from None
+    put(target, files)
     ranks = sorted(module.rank for module in found.modules.values())
     told = {"loss": found.loss, "layers": len(ranks), "ranks": [ranks[0], ranks[-1]], "left_out": list(found.left_out)}
     return "done", {**told, "bytes": sum(map(len, files.values()))}
-
-
-def _digest(path: Path) -> str:
-    with open(adapters.files.locate(path).weights, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _texts(given) -> dict[str, bytes]:

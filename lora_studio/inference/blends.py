@@ -3,7 +3,6 @@
 import hashlib
 import os
 from collections import OrderedDict
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from math import sqrt
@@ -13,6 +12,7 @@ import torch
 
 from lora_studio import adapters, bases, blend, durable
 from lora_studio.adapters import files as adapter_files
+from lora_studio.checkpoints.numbers import one_thread
 from lora_studio.errors import AdapterError, BaseModelError, BenchError, BlendError, MachineError, Problem, StudioError
 from lora_studio.inference.requests import argument, base_of, one_of
 
@@ -29,17 +29,6 @@ class Part:
     name: str
     weight: float
     adapter: adapters.Adapter
-
-
-@contextmanager
-def one_thread():
-    """Small factorizations are faster alone: threads wait for each other at every column, and worse so beside other work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class Reader:
@@ -129,13 +118,8 @@ class Reader:
         loss = blend.difference(got, meant)
         extra = _texts(request.get("files"), files)
         job.check()
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            durable.publish_folder(target, {**files, **extra})
-        except OSError as error:
-            durable.sweep(target.parent)
-            raise MachineError("machine.write", path=target, reason=error.strerror or str(error)) from None
-        parents = [{"path": str(part.path), "name": part.name, "weight": part.weight, "sha256": _digest(part.path)} for part in parts]
+        put(target, {**files, **extra})
+        parents = parents_of(parts)
         size = sum(len(data) for data in files.values())
         return "result", {
             "loss": loss.overall, "layers": loss.layers, "rank": max(module.rank for module in got.values()), "bytes": size, "parents": parents,
@@ -173,6 +157,16 @@ class Reader:
                 self.read.popitem(last=False)
         self.read.move_to_end(id)
         return id, self.read[id]
+
+
+def put(target: Path, files: dict[str, bytes]) -> None:
+    """A folder with these files, whole or not there. Raises MachineError."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        durable.publish_folder(target, files)
+    except OSError as error:
+        durable.sweep(target.parent)
+        raise MachineError("machine.write", path=target, reason=error.strerror or str(error)) from None
 
 
 def _sizes(preview: blend.Preview) -> tuple[list[float], list[list[float]]]:
@@ -225,6 +219,11 @@ def other_base(part: Part, base: str) -> str:
     if not own or own == base or (_print_of_base(own) and _print_of_base(own) == _print_of_base(base)):
         return ""
     return str(AdapterError("adapter.other_base", path=part.name, own=own, base=base))
+
+
+def parents_of(parts: list[Part]) -> list[dict]:
+    """What is recorded of the adapters that something is made of."""
+    return [{"path": str(part.path), "name": part.name, "weight": part.weight, "sha256": _digest(part.path)} for part in parts]
 
 
 def _digest(path: Path) -> str:

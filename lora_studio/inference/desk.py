@@ -7,6 +7,9 @@
     blend     parts, [rank], target, [dtype], [files], [replace]  result: loss, rank, layers, bytes, parents
     bake      base, parts, [target], [dtype], [files]             result or done: bytes, changed, loss, worst, notes, parents
     extract   tuned, base, [rank], [loss], target                 done: loss, layers, ranks, left_out, bytes
+    export    path, target, form, [base], [dtype], [name]         result: modules, layers, worst, bytes, by, lost, target
+    resize    path, rank or loss, [per_layer] or size, target     result: loss, rank, ranks, clamped, left_out, bytes, parents
+    merge     how, parts, [rank], target, [density], [seed], ...  result: loss, rank, layers, bytes, parents
     load      base, device, lock, [precision]                     result: what status says
     answer    like load, and messages, parts or sides,            done: sides (text, tokens, ended, active), seconds
               [seed, temperature, top_p, longest, template]
@@ -28,7 +31,7 @@ import torch
 
 from lora_studio import bases, durable
 from lora_studio.errors import BenchError
-from lora_studio.inference import baking, room
+from lora_studio.inference import baking, exporting, reshaping, room
 from lora_studio.inference.blends import Part, Reader, other_base
 from lora_studio.inference.requests import argument, base_of, one_of
 
@@ -254,6 +257,9 @@ VERBS = {
     "blend": (_of_reader(Reader.blend), "parts rank target dtype files replace"),
     "bake": (_of_reader(baking.bake), "base parts target dtype files"),
     "extract": (_of_reader(baking.extract), "tuned base rank loss target"),
+    "export": (_of_reader(exporting.export), "path base target form dtype name"),
+    "resize": (_of_reader(reshaping.resize), "path rank loss per_layer size target"),
+    "merge": (_of_reader(reshaping.merge), "how parts rank density seed gamma epsilon space target"),
     "load": (Desk.load, "base device lock precision"),
     "answer": (Desk.answer, ANSWER),
     "draw": (Desk.draw, "base device lock precision prompt target parts sides seed steps guidance width height source"),

@@ -9,6 +9,7 @@ from lora_studio import library, shelf
 from lora_studio.errors import AdapterError, BlendError, StudioError
 from lora_studio.ui import theme
 from lora_studio.ui.bake import Bake
+from lora_studio.ui.merge import Merge
 from lora_studio.ui.mix import LIVE, QUIET, Mix, tab_of
 from lora_studio.workspace import Workspace
 
@@ -96,7 +97,8 @@ class Blend:
     """The page's parts, and what they do."""
 
     def __init__(self, workspace: Workspace):
-        self.workspace, self.mix, self.bake = workspace, Mix(workspace, "mix-blend"), Bake(workspace)
+        self.workspace, self.mix = workspace, Mix(workspace, "mix-blend")
+        self.merge, self.bake = Merge(workspace), Bake(workspace)
 
     # ---- layout
 
@@ -107,6 +109,7 @@ class Blend:
             with gr.Column(scale=2, min_width=300):
                 self.mix.build()
                 self._save_box()
+                self.merge.build()
                 self.bake.build()
             with gr.Column(scale=3, min_width=300, elem_id="blend-preview"):
                 self.figures = theme.Shown({"hint": HINT}, html_template=FIGURES, css_template=FIGURES_CSS, container=True, padding=True, elem_id="blend-figures")
@@ -150,6 +153,7 @@ class Blend:
         for number, button in enumerate(self.ranks):
             button.click(self._suggestion(number), self.suggested, self.rank, **QUIET)
         self.curve.pick(self.point, None, self.rank, **QUIET)
+        self.merge.connect(self.mix)
         self.bake.connect(self.mix)
         self.save.click(
             self.keep, [self.name, self.rank, *self.mix.inputs], [self.kept, self.saved, self.to_library, self.to_publish, self.mix.pick],

@@ -351,8 +351,16 @@ def rows_of(card: dict) -> list[dict]:
 
 
 def recipe_in_words(recipe: dict) -> str:
-    """How a blend was put together."""
+    """How an adapter was put together."""
     if not recipe:
         return ""
     rank = recipe.get("rank")
+    if "merge" in recipe:
+        merge = recipe["merge"]
+        settings = ", ".join(f"{key} {value}" for key, value in merge.items() if key not in ("how", "parts"))
+        return f"{merge.get('how')} of {len(merge.get('parts', ()))} adapters" + (f", {settings}" if settings else "")
+    if "resize" in recipe:
+        return "resized: " + ", ".join(f"{key} {value}" for key, value in recipe["resize"].items() if key != "adapter")
+    if "extracted" in recipe:
+        return f"extracted from {recipe['extracted'].get('from')}"
     return f"sum of {len(recipe.get('sum', ()))} adapters, {'exact' if rank is None else f'compressed to rank {rank}'}"

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from tests.benchmarks.meter import RESULTS, ROOT, machine, measure, status
+from tests.benchmarks.meter import ROOT, leave, measure, status
 
 VARIANTS = {"ours": "LoRA Studio", "cp": "cp and fsync of the same bytes", "peft": "PEFT merge_and_unload, save_pretrained and fsync"}
 
@@ -144,14 +144,11 @@ def main() -> None:
         size = sum(file.stat().st_size for file in (folder / "base").iterdir())
         found = measure(__file__, options.rounds, 1, list(VARIANTS), "--folder", place)
         wrong = differing(folder)
-    note = f"{size / 1e9:.2f} GB; {wrong} tensors differ from PEFT's in any bit.\n"
+    note = f"{size / 1e9:.2f} GB; {wrong} tensors differ from PEFT's in any bit."
     print(table(found), note, sep="\n")
-    name = f"bake-{machine()}-{time.strftime('%Y-%m-%d')}"
-    RESULTS.mkdir(exist_ok=True)
-    record = {"benchmark": "bake", "machine": machine(), "bytes": size, "differing_tensors": wrong, "rounds": options.rounds, "results": found}
-    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
-    (RESULTS / f"{name}.md").write_text(f"# Baking, {machine()}, {time.strftime('%Y-%m-%d')}\n\n{table(found)}\n\n{note}")
-    print(f"written to {(RESULTS / name).relative_to(ROOT)}.json")
+    record = {"bytes": size, "differing_tensors": wrong, "rounds": options.rounds, "results": found}
+    place = leave("bake", "Baking", f"{table(found)}\n\n{note}", record)
+    print(f"written to {place.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

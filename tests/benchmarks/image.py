@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from tests.benchmarks.meter import RESULTS, ROOT, WARM_UP, Marks, Meter, machine, measure, median
+from tests.benchmarks.meter import ROOT, WARM_UP, Marks, Meter, leave, measure, median
 
 EDGE, RANK, PICTURES = 256, 4, 4
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -216,17 +216,9 @@ def write(found: dict, exact: dict, options: argparse.Namespace) -> Path:
     import peft
 
     versions = {"torch": torch.__version__, "diffusers": diffusers.__version__, "peft": peft.__version__}
-    name = f"image-{machine()}-{time.strftime('%Y-%m-%d')}"
-    record = {
-        "benchmark": "image", "machine": machine(), "cores": os.cpu_count(), "date": time.strftime("%Y-%m-%d"),
-        "rounds": options.rounds, "steps": options.steps, "versions": versions, "exactness": exact, "results": found,
-    }  # fmt: skip
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
-    heading = f"# Image training (SD 1.5 widths, {EDGE} px, batch 1, bf16), {machine()}, {time.strftime('%Y-%m-%d')}\n\n"
-    note = f"\n\nfloat32, B not zero: loss {exact['loss']:.1e}, gradients {exact['gradients']:.1e} (fast paths relative to the plain ones).\n"
-    (RESULTS / f"{name}.md").write_text(heading + table(found) + note)
-    return RESULTS / f"{name}.json"
+    note = f"float32, B not zero: loss {exact['loss']:.1e}, gradients {exact['gradients']:.1e} (fast paths relative to the plain ones)."
+    record = {"rounds": options.rounds, "steps": options.steps, "versions": versions, "exactness": exact, "results": found}
+    return leave("image", f"Image training (SD 1.5 widths, {EDGE} px, batch 1, bf16)", f"{table(found)}\n\n{note}", record)
 
 
 def main() -> None:

@@ -109,3 +109,13 @@ def machine() -> str:
     info = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
     return re.sub(r"[^a-z0-9]+", "-", (found.group(1) if found else platform.processor() or "cpu").lower()).strip("-")
+
+
+def leave(benchmark: str, title: str, body: str, record: dict) -> Path:
+    """Leave the figures under results/, named by machine and date: a table to read, and everything as JSON."""
+    date = time.strftime("%Y-%m-%d")
+    place = RESULTS / f"{benchmark}-{machine()}-{date}.json"
+    RESULTS.mkdir(exist_ok=True)
+    place.write_text(json.dumps({"benchmark": benchmark, "machine": machine(), "cores": os.cpu_count(), "date": date, **record}, indent=1) + "\n")
+    place.with_suffix(".md").write_text(f"# {title}, {machine()}, {date}\n\n{body}\n")
+    return place

@@ -18,14 +18,13 @@ import random
 import statistics
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from tests.benchmarks.meter import RESULTS, ROOT, WARM_UP, Marks, Meter, machine, measure, median
+from tests.benchmarks.meter import ROOT, WARM_UP, Marks, Meter, leave, measure, median
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RANK, ALPHA, BATCH, LONGEST = 16, 32, 8, 512
@@ -292,17 +291,9 @@ def write(found: dict, exact: dict, options: argparse.Namespace) -> Path:
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
     if "sft" in found:
         versions["trl"] = importlib.metadata.version("trl")
-    name = f"text-{machine()}-{time.strftime('%Y-%m-%d')}"
-    record = {
-        "benchmark": "text", "machine": machine(), "cores": os.cpu_count(), "date": time.strftime("%Y-%m-%d"),
-        "rounds": options.rounds, "steps": options.steps, "versions": versions, "exactness": exact, "results": found,
-    }  # fmt: skip
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
-    heading = f"# Text training, {machine()}, {time.strftime('%Y-%m-%d')}\n\n"
-    note = f"\n\nfloat32, B not zero: loss {exact['loss']:.1e}, gradients {exact['gradients']:.1e} (relative to PEFT).\n"
-    (RESULTS / f"{name}.md").write_text(heading + table(found) + note)
-    return RESULTS / f"{name}.json"
+    note = f"float32, B not zero: loss {exact['loss']:.1e}, gradients {exact['gradients']:.1e} (relative to PEFT)."
+    record = {"rounds": options.rounds, "steps": options.steps, "versions": versions, "exactness": exact, "results": found}
+    return leave("text", "Text training", f"{table(found)}\n\n{note}", record)
 
 
 def main() -> None:

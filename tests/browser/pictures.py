@@ -1,4 +1,4 @@
-"""The README's pictures, taken of the real pages: `python -m tests.browser.pictures` trains both demos and looks at every page."""
+"""The README's pictures, taken of the real pages: `python -m tests.browser.pictures` trains three demos and looks at every page."""
 
 import re
 import sys
@@ -13,6 +13,8 @@ def main() -> int:
     """Take all pictures: every page, light and dark, and some on a phone."""
     from playwright.sync_api import expect, sync_playwright
 
+    from lora_studio import albums
+    from lora_studio.workspace import Workspace
     from tests.browser.conftest import CHROMIUM, FLAGS, Server
     from tests.browser.test_whole_way import box, train
 
@@ -26,6 +28,8 @@ def main() -> int:
             page = browser.new_page(viewport={"width": 1280, "height": 900})
             page.goto(server.url)
             expect(box(page, "field-name")).to_have_value("pirate")
+            train(page, "demo/stripes", "stripes")
+            albums.copy(Workspace(server.home), "demo/outline")
             train(page, "demo/capitals", "capitals")
             train(page, "demo/pirate", "pirate")
             for name, width, scheme, act in PICTURES:
@@ -80,6 +84,30 @@ def publish(page, url, scheme) -> None:
     page.locator("#readme").get_by_text("library_name").wait_for()
 
 
+def matrix(page, url, scheme) -> None:
+    """The sample pictures of a run, step by step."""
+    tab("runs")(page, url, scheme)
+    page.locator("#runs .run").filter(has_text="stripes").click()
+    page.locator("#samples tbody tr").nth(2).wait_for()
+
+
+def album(page, url, scheme) -> None:
+    """Pictures with their captions."""
+    tab("pictures&album=outline")(page, url, scheme)
+    page.locator("#gallery figure").nth(20).wait_for()
+
+
+def grid(page, url, scheme) -> None:
+    """An image adapter at several strengths, for two prompts."""
+    tab("playground")(page, url, scheme)
+    page.locator("#mix-playground input").first.fill("stripes")
+    page.locator("#mix-playground input").first.press("Enter")
+    page.get_by_text("Grid: adapters").click()
+    page.locator("#grid-prompts textarea").fill("a red star on a blue background\na green heart on a pink background")
+    page.locator("#grid-start").click()
+    page.locator("#grid .saved").wait_for(timeout=180_000)
+
+
 def pick(page, name: str) -> None:
     """Go to a page by its tab, which on a phone may lie behind the menu."""
     found = page.get_by_role("tab", name=re.compile(f"^{name}$"))
@@ -88,10 +116,11 @@ def pick(page, name: str) -> None:
 
 PICTURES = [
     *((f"{name}-{scheme}", 1280, scheme, tab(name)) for name in ("train", "runs") for scheme in ("light", "dark")),
-    *((f"{act.__name__}-{scheme}", 1280, scheme, act) for act in (library, blend, playground, publish) for scheme in ("light", "dark")),
+    *((f"{act.__name__}-{scheme}", 1280, scheme, act) for act in (library, blend, playground, publish, matrix, album, grid) for scheme in ("light", "dark")),
     ("train-phone", 390, "light", tab("train")),
     ("runs-phone", 390, "dark", tab("runs")),
     ("library-phone", 390, "light", library),
+    ("album-phone", 390, "dark", album),
 ]
 
 

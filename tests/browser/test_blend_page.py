@@ -179,3 +179,18 @@ def test_a_mix_is_baked_into_a_model_that_says_before_what_it_loses(shelf, serve
     assert folder.name == "my-pirate" and (folder / "README.md").is_file() and list(folder.glob("*.safetensors"))
     page.locator("#bake-start").click()
     expect(page.locator("#bake-sentences")).to_contain_text("exists already")
+
+
+def test_a_mix_is_merged_in_another_way_and_what_does_not_go_is_said(shelf, server, open_page):
+    page = blend_page(open_page, "pirate", "capitals")
+    expect(page.locator("#blend-figures")).to_contain_text("Exact rank")
+    page.get_by_text("Merge in another way").click()
+    for words, said in (("", "name"), ("merged", "rank")):
+        page.locator("#merge-name").locator("input, textarea").first.fill(words)
+        page.locator("#merge-start").click()
+        expect(page.locator("#merge-sentences .error")).to_contain_text(said, timeout=60_000)
+    page.locator("#merge-rank").locator("input, textarea").first.fill("6")
+    page.locator("#merge-start").click()
+    expect(page.locator("#merge-sentences .ok")).to_contain_text("merged is in the library: rank 6", timeout=60_000)
+    (made,) = library.find(Workspace(server.home), name="merged")
+    assert library.card(Workspace(server.home), made.id)["recipe"]["merge"]["how"] == "ties"

@@ -1,0 +1,64 @@
+"""The part of the Blend page that merges the mix in another way than the exact sum."""
+
+import gradio as gr
+
+from lora_studio import merges
+from lora_studio.errors import AdapterError, BlendError, StudioError
+from lora_studio.ui import theme
+from lora_studio.ui.mix import QUIET
+from lora_studio.workspace import Workspace
+
+WAYS = [
+    ("ties: the larger sign wins, needs a rank", "ties"), ("dare: drop at random, needs a rank", "dare"), ("della: drop small ones more often, needs a rank", "della"),
+    ("magnitude: the largest entries, needs a rank", "magnitude"), ("breadcrumbs: neither largest nor smallest, needs a rank", "breadcrumbs"),
+    ("knots: ties in a common basis", "knots"), ("slerp: along the arc between two", "slerp"), ("subtract: the first less the others", "subtract"),
+    ("orthogonal: the first without what it shares with the second", "orthogonal"),
+]  # fmt: skip
+
+
+class Merge:
+    """A part of the Blend page; the mix is the page's own."""
+
+    def __init__(self, workspace: Workspace):
+        self.workspace = workspace
+
+    def build(self) -> None:
+        """Lay it out inside the current column."""
+        with gr.Accordion("Merge in another way than the sum", open=False, elem_id="merge-box"):
+            with gr.Row():
+                self.name = gr.Textbox("", label="Name of the merge", max_lines=1, max_length=80, interactive=True, elem_id="merge-name", min_width=150)
+                self.how = gr.Dropdown(WAYS, value="ties", label="Way", interactive=True, elem_id="merge-how", min_width=150)
+            with gr.Row():
+                self.rank = gr.Textbox("", label="Rank", placeholder="as it is", max_lines=1, interactive=True, elem_id="merge-rank", min_width=80)
+                self.density = gr.Textbox("", label="Density", placeholder="0.5", info="Share of entries kept.", max_lines=1, interactive=True, elem_id="merge-density", min_width=80)
+                self.seed = gr.Textbox("", label="Seed", placeholder="0", max_lines=1, interactive=True, elem_id="merge-seed", min_width=80)
+            self.start = gr.Button("Merge", size="md", elem_id="merge-start")
+            self.told = theme.sentences(elem_id="merge-sentences")
+
+    def connect(self, mix) -> None:
+        """Let the button act on the mix of the page."""
+
+        def begin(name, how, rank, density, seed, *given):
+            return self.merge(mix, name, how, {"rank": (rank, int), "density": (density, float), "seed": (seed, int)}, *given)
+
+        self.start.click(begin, [self.name, self.how, self.rank, self.density, self.seed, *mix.inputs], self.told, show_progress_on=self.told, concurrency_limit=None, **{**QUIET, "show_progress": "minimal"})
+
+    def merge(self, mix, name: str, how: str, typed: dict, *given) -> list[dict]:
+        """Merge, and say what came of it. Nothing is lost when it cannot be."""
+        try:
+            if not (name or "").strip():
+                raise AdapterError("library.name", name="of the merge is empty and")
+            id, done = merges.merge(self.workspace, mix.parts(*given), how, name=name.strip(), **{key: _number(key, *value) for key, value in typed.items()})
+        except StudioError as error:
+            return [theme.said("error", str(error))]
+        words = f"{mix.label(id)} is in the library: rank {done['rank']}, {100 * done['loss']:.2g} % off the merge itself."
+        return [theme.said("ok", words)]
+
+
+def _number(name: str, text: str, kind: type):
+    """What was typed as a number; nothing is None. Raises BlendError."""
+    text = (text or "").strip()
+    try:
+        return kind(text) if text else None
+    except ValueError:
+        raise BlendError("merge.number", name=name, text=text[:40]) from None
