@@ -98,6 +98,7 @@ def test_from_dropped_pictures_to_a_published_blend(chromium, hub, tmp_path, arc
 
             # A grid of strengths and prompts, saved as one picture with its settings inside.
             page.get_by_text("Grid: adapters").click()
+            expect(page.locator("#grid-rows")).to_contain_text("both")
             page.locator("#grid-strengths").locator("input, textarea").first.fill("0, 1")
             page.locator("#grid-prompts textarea").fill(f"{PROMPT}\na green heart on a pink background")
             page.locator("#grid-start").click()

@@ -165,6 +165,7 @@ def test_the_token_is_found_nowhere(chromium, hub, tmp_path):
             pulled = opened(server, "/?tab=library")
             pulled.get_by_text("Add an adapter").click()
             pulled.locator("#import-source").locator("input, textarea").first.fill("me/canary-commit")
+            pulled.locator("#import-source").locator("input, textarea").first.press("Tab")
             pulled.get_by_role("button", name="Check and add").click()
             expect(pulled.locator("#import-told")).to_contain_text("your account may not see it", timeout=60_000)
             server.kill()

@@ -122,7 +122,9 @@ def test_from_two_demos_to_a_published_blend_and_back(chromium, hub, tmp_path):
             sign_in(page)
             page.get_by_role("tab", name="Library").click()
             page.get_by_text("Add an adapter").click()
+            expect(page.get_by_role("button", name="Check and add")).to_be_visible()
             box(page, "import-source").fill("me/both")
+            box(page, "import-source").press("Tab")  # on a busy machine a click may come before the page has taken in what was filled
             page.get_by_role("button", name="Check and add").click()
             expect(page.locator("#import-told")).to_contain_text("both is in the library.", timeout=90_000)
             expect(page.locator("#facts")).to_contain_text("me/both@")
