@@ -115,6 +115,25 @@ def test_the_published_file_draws_in_a_fresh_stock_pipeline_what_the_bench_draws
     assert Image.open(other).tobytes() != Image.open(file).tobytes(), "the text encoder's part shows"
 
 
+def test_the_published_file_draws_the_very_picture_that_the_run_drew_last(kind, folders, rows, workspace, tmp_path):
+    base = folders(kind)
+    compute = {"device": "cpu", "precision": "fp32", "threads": 1, "fused": False}  # the stock pipeline's own layers
+    run = made(workspace, base, rows, optim={"lr": 0.1}, compute=compute, validation={"size": 0})
+    told = train(run)
+    sample = Image.open(run / "samples" / [event for event in told if event["kind"] == "sample"][-1]["answer"])
+    asked = json.loads(sample.text["lora-studio"])
+    (item,) = library.find(workspace)
+    place = shelf.export_adapter(workspace, item.id, tmp_path / "out")
+    stock = getattr(diffusers, json.loads((base / "model_index.json").read_text())["_class_name"]).from_pretrained(base)
+    stock.set_progress_bar_config(disable=True)
+    torch.set_num_threads(1)
+    how = {"num_inference_steps": asked["steps"], "guidance_scale": asked["guidance"], "width": 32, "height": 32}
+    bare = stock(asked["prompt"], **how, generator=torch.Generator().manual_seed(asked["seed"])).images[0]
+    stock.load_lora_weights(place, weight_name=NAME, adapter_name="it")
+    again = stock(asked["prompt"], **how, generator=torch.Generator().manual_seed(asked["seed"])).images[0]
+    assert again.tobytes() == sample.tobytes() != bare.tobytes()
+
+
 def test_what_the_part_is_told_changes_with_the_text_encoder_and_has_its_graph(folders, rows, workspace):
     run = made(workspace, folders("flux"), rows)
     task = image.ImageTask(runs.spec_of(run), device="cpu", note=lambda _: None, folder=run)
