@@ -185,6 +185,9 @@ def test_sample_pictures_are_a_matrix_and_arrow_keys_move_while_new_rows_come(se
         for button, request in (("Save now", "save"), ("Sample now", "sample")):
             page.get_by_role("button", name=button).click()
             expect(page.get_by_text("after this step").first).to_be_visible()
+            until = time.monotonic() + 30  # the words of the first button may still stand there
+            while runs.asked(folder, request) is None and time.monotonic() < until:
+                page.wait_for_timeout(100)
             assert runs.asked(folder, request) is not None
     lock.release()
 
