@@ -136,7 +136,7 @@ def run_with_fault(served, adapter, step, kind, times):
     except HubError as error:
         said = str(error)
         assert said.endswith(".") and "hf_me" not in said and "\n" not in said, said
-    assert time.monotonic() - begun < 40
+    assert time.monotonic() - begun < 8
     repo = served.repos.get("me/pirate")
     assert repo is None or (repo.private and len(repo.commits) <= 2 and repo.commits[-1][2].keys() >= repo.commits[0][2].keys())
     there = served.objects.keys()
@@ -214,12 +214,12 @@ def test_a_long_wait_is_said_at_once_and_a_short_one_is_kept(served, adapter, sl
     begun = time.monotonic()
     with pytest.raises(HubError, match="about 60 minutes"):
         publish(adapter)
-    assert time.monotonic() - begun < 30 and not slept
+    assert time.monotonic() - begun < 3 and not slept
     served.calm()
     served.fault("create", 503, wait=1)
     begun = time.monotonic()
     publish(adapter, "me/second")
-    assert 1 <= time.monotonic() - begun < 30
+    assert 1 <= time.monotonic() - begun < 4
 
 
 def test_a_hub_that_is_always_busy_with_another_repository_ends_in_a_sentence(served, adapter, monkeypatch):
@@ -434,7 +434,7 @@ def test_a_fault_while_pulling_is_survived_or_a_sentence_and_never_half_a_folder
         except StudioError as error:
             assert not target.exists() and str(error).endswith("."), error
             assert times == 99 or kind == "flip", (kind, error)
-        assert time.monotonic() - begun < 60
+        assert time.monotonic() - begun < 12
         assert not [path.name for path in (tmp_path / "out").glob(".*")] if (tmp_path / "out").exists() else True
         served.calm()
 

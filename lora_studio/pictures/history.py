@@ -97,25 +97,11 @@ class History:
 
     def bring(self, serial: int, names: tuple[str, ...]) -> None:
         """Move files of a step into the album, those that are not there yet."""
-        touched = set()
-        for name in names:
-            kept, target = self.store(serial) / name, self.folder / name
-            if kept.is_file() and not target.exists():
-                target.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(kept, target)
-                touched |= {target.parent, kept.parent}
-        _sync(touched)
+        _move([(self.store(serial) / name, self.folder / name) for name in names])
 
     def put_away(self, serial: int, names: tuple[str, ...]) -> None:
         """Move files of a step out of the album, those that still are there."""
-        touched = set()
-        for name in names:
-            kept, here = self.store(serial) / name, self.folder / name
-            if here.is_file() and not kept.exists():
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(here, kept)
-                touched |= {here.parent, kept.parent}
-        _sync(touched)
+        _move([(self.folder / name, self.store(serial) / name) for name in names])
 
     def sweep(self) -> None:
         """Delete what no step needs any more."""
@@ -134,6 +120,17 @@ def load(folder: Path) -> History:
         return History(folder, steps, min(found["done"], len(steps)), found["last"])
     except (KeyError, TypeError):
         return History(folder)
+
+
+def _move(pairs: list[tuple[Path, Path]]) -> None:
+    """Move each file to its place, where it is here and not there yet."""
+    touched = set()
+    for here, there in pairs:
+        if here.is_file() and not there.exists():
+            there.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(here, there)
+            touched |= {here.parent, there.parent}
+    _sync(touched)
 
 
 def _sync(folders: set[Path]) -> None:
