@@ -10,27 +10,32 @@ from lora_studio import bases, durable, library, shelf
 from lora_studio.errors import BakeError, BlendError
 from lora_studio.jobs import bench
 from lora_studio.spec import Base
+from lora_studio.weights import Weight
 from lora_studio.workspace import Workspace
 
 RECIPE = "lora_studio.json"
 
 
-def preview(workspace: Workspace, parts: shelf.Parts, *, base: str | None = None, dtype: str | None = None) -> dict:
+def preview(workspace: Workspace, parts: shelf.Parts, *, base: str | None = None, dtype: str | None = None, merge: dict | None = None) -> dict:
     """What baking would write and lose: bytes, changed tensors, the loss of the precision, notes. Writes nothing. Raises StudioError."""
-    return bench.ask("bake", seconds=3600.0, base=base or base_of(workspace, parts), parts=_paths(workspace, parts), dtype=dtype)
+    return bench.ask("bake", seconds=3600.0, base=base or base_of(workspace, parts), parts=_paths(workspace, parts), dtype=dtype, merge=merge)
 
 
-def bake(workspace: Workspace, parts: shelf.Parts, target: Path, *, base: str | None = None, dtype: str | None = None) -> Iterator[dict]:
+def bake(
+    workspace: Workspace, parts: shelf.Parts, target: Path, *, base: str | None = None, dtype: str | None = None, merge: dict | None = None
+) -> Iterator[dict]:
     """The events of baking weighted adapters into their base (or the one that is named) as the new folder `target`: `progress` with bytes
-    done of all, `done` with the report. The folder holds a card and the recipe. Raises StudioError; then there is no such folder."""
+    done of all, `done` with the report. They are summed, or put together as `merge` says: {how, density, seed, ...} as in merges.merge,
+    but in their full rank. The folder holds a card and the recipe. Raises StudioError; then there is no such folder."""
     base = base or base_of(workspace, parts)
     target = Path(target).expanduser().absolute()
     recipe = {
         "base": base, "dtype": dtype,
         "sum": [{"adapter": library.folder_of(workspace, id).name, "name": library.card(workspace, id)["name"], "weight": weight} for id, weight in parts],
+        **({"merge": merge} if merge else {}),
     }  # fmt: skip
     files = {"README.md": _card(recipe, target), RECIPE: json.dumps(recipe, indent=2, ensure_ascii=False) + "\n"}
-    return bench.stream("bake", seconds=6 * 3600.0, base=base, parts=_paths(workspace, parts), target=str(target), dtype=dtype, files=files)
+    return bench.stream("bake", seconds=6 * 3600.0, base=base, parts=_paths(workspace, parts), target=str(target), dtype=dtype, files=files, merge=merge)
 
 
 def extract(workspace: Workspace, tuned: str, base: str, *, name: str, rank: int | None = None, loss: float | None = None) -> Iterator[dict]:
@@ -71,10 +76,22 @@ def _paths(workspace: Workspace, parts: shelf.Parts) -> list[list]:
     return [[str(library.adapter_folder(workspace, id)), weight, library.card(workspace, id)["name"]] for id, weight in parts]
 
 
+def _weight(weight: Weight) -> str:
+    """A weight in a table: every pattern, because no recipe stands beside it."""
+    return "".join([f"{weight.get('', 1.0):g}", *(f", `{pattern}` {one:g}" for pattern, one in weight.items() if pattern)]) if isinstance(weight, dict) else f"{weight:g}"
+
+
+def _formula(merge: dict | None) -> str:
+    if not merge:
+        return "`W0 + sum of weight * scale * B @ A`"
+    told = ", ".join(f"{key} {value}" for key, value in merge.items() if key != "how")
+    return f"put together by {merge['how']}" + (f" ({told})" if told else "")
+
+
 def _card(recipe: dict, target: Path) -> str:
     """What the folder is, what it was made of, and the commands that run it."""
     base, parts = recipe["base"], recipe["sum"]
-    rows = "\n".join(f"| {' '.join(part['name'].split()).replace('|', '/')} | {part['weight']:g} |" for part in parts)
+    rows = "\n".join(f"| {' '.join(part['name'].split()).replace('|', '/')} | {_weight(part['weight'])} |" for part in parts)
     known = bases.inspect(Base(id=base))
     folder, name = target.name, target.name.lower().replace(" ", "-")
     if known.pipeline:
@@ -89,6 +106,6 @@ def _card(recipe: dict, target: Path) -> str:
     precision = recipe["dtype"] or "the base's own precision"
     return (
         f"# {folder}\n\n{base} with {len(parts)} adapter{'' if len(parts) == 1 else 's'} baked in by LoRA Studio, in {precision}: "
-        f"`W0 + sum of weight * scale * B @ A`, summed in fp32 and rounded once. The base's licence goes on to hold.\n\n"
+        f"{_formula(recipe.get('merge'))}, summed in fp32 and rounded once. The base's licence goes on to hold.\n\n"
         f"| adapter | weight |\n| --- | --- |\n{rows}\n\n{run}\n"
     )

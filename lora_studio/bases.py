@@ -9,7 +9,7 @@ from pathlib import Path
 from lora_studio import families, single_files
 from lora_studio.errors import BaseModelError, StudioError
 from lora_studio.home import demo_base
-from lora_studio.spec import Base
+from lora_studio.spec import Base, methods
 
 WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 VARIANTS = ["*.fp16.safetensors", "*.bf16.safetensors", "*.non_ema.safetensors", "*.ema_only.safetensors"]
@@ -41,10 +41,10 @@ class BaseInfo:
         known = [name for name in family.targets if any(full.endswith("." + name) for full, *_ in self.linears)] if family else []
         return known or sorted({name.rsplit(".", 1)[-1] for name, *_ in self.linears})
 
-    def trainable(self, targets: list[str], rank: int) -> int:
-        """Parameters of a LoRA of that rank on those layers."""
+    def trainable(self, targets: list[str], method) -> int:
+        """Parameters that a method (of spec.method) learns on those layers."""
         fits = (shape for name, *shape in self.linears if any(name == end or name.endswith("." + end) for end in targets))
-        return sum(rank * (rows + columns) for rows, columns in fits)
+        return sum(methods.parameters(method, rows, columns) for rows, columns in fits)
 
 
 def locate(base: Base) -> Path | None:

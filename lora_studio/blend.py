@@ -1,8 +1,8 @@
 """Blending low-rank updates exactly: `Σ w_t·s_t·B_t·A_t` on the factors, compressed on request, with the true loss.
 
-Adapters are dicts from the name of a layer to its LowRank. No function here ever forms an out×in matrix: the sum of updates is
-the product of their stacked factors, and norms, angles and singular values follow from the small core between the Q of a QR
-(Eckart and Young 1936; the core's spectrum is the sum's). QR and cores are in fp64; results are cast to the parents' dtype.
+Adapters are dicts from the name of a layer to its LowRank; a weight is a number, or numbers by layer pattern (weights.py). No
+function here ever forms an out×in matrix: the sum of updates is the product of their stacked factors, and norms, angles and singular
+values follow from the small core between the Q of a QR (Eckart and Young 1936; the core's spectrum is the sum's). QR and cores are in fp64; results are cast to the parents' dtype.
 """
 
 from dataclasses import dataclass
@@ -13,37 +13,37 @@ from torch import Tensor
 
 from lora_studio.errors import BlendError
 from lora_studio.lowrank import LowRank, scaled
+from lora_studio.weights import Weight, by_layer
 
 Modules = dict[str, LowRank]
-WEIGHT_LIMIT = 1e6
 
 
-def stack(adapters: list[Modules], weights: list[float]) -> Modules:
+def stack(adapters: list[Modules], weights: list[Weight]) -> Modules:
     """The sum `Σ w_t·adapter_t`, exactly: factors are stacked, ranks add. What has weight (or scale) 0 takes no room; a layer with a
     single part keeps its factors and only changes its scale. Raises BlendError when shapes or weights do not fit."""
-    _check_weights(adapters, weights)
+    factors = factors_of(adapters, weights)
     names = dict.fromkeys(name for adapter in adapters for name in adapter)
     parts = {
         name: [
-            (adapter[name], float(weight))
-            for adapter, weight in zip(adapters, weights)
-            if name in adapter and weight and adapter[name].scale
+            (adapter[name], factor[name])
+            for adapter, factor in zip(adapters, factors)
+            if name in adapter and factor[name] and adapter[name].scale
         ]
         for name in names
     }
-    _check_shapes(adapters, names)
+    check_shapes(adapters, names)
     return {name: _stack(name, found) for name, found in parts.items() if found}
 
 
-def _check_weights(adapters: list[Modules], weights: list[float]) -> None:
+def factors_of(adapters: list[Modules], weights: list[Weight]) -> list[dict[str, float]]:
+    """The weight of every layer of every adapter. Raises BlendError."""
     if len(adapters) != len(weights):
         raise BlendError("blend.count", adapters=len(adapters), weights=len(weights))
-    for weight in weights:
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not abs(weight) <= WEIGHT_LIMIT:
-            raise BlendError("blend.weight", weight=repr(weight)[:40], limit=f"{WEIGHT_LIMIT:,.0f}")
+    return [by_layer(weight, adapter, f"adapter {number}") for number, (adapter, weight) in enumerate(zip(adapters, weights), start=1)]
 
 
-def _check_shapes(adapters: list[Modules], names) -> None:
+def check_shapes(adapters: list[Modules], names) -> None:
+    """Raise BlendError when the layers of these names are not of one shape in all adapters that have them."""
     for name in names:
         found = [adapter[name] for adapter in adapters if name in adapter]
         for other in found[1:]:
@@ -177,10 +177,12 @@ def _apart(out: Tensor, core: Tensor, into: Tensor, block: tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Curve:
-    """The loss of compressing to every rank: entry r is for rank r; entry 0 (nothing kept) is 1 unless there is nothing at all."""
+    """The loss of compressing to every rank: entry r is for rank r; entry 0 (nothing kept) is 1 unless there is nothing at all. `norm` is
+    that of the whole blend."""
 
     overall: list[float]
     layers: dict[str, list[float]]
+    norm: float
 
     def rank_for(self, loss: float) -> int:
         """The smallest rank whose overall loss is not above `loss`."""
@@ -191,34 +193,66 @@ class Preview:
     """What a blend would lose at every rank, for any weights: one QR per layer now, then only small cores per question."""
 
     def __init__(self, adapters: list[Modules]):
-        _check_shapes(adapters, dict.fromkeys(name for adapter in adapters for name in adapter))
+        check_shapes(adapters, dict.fromkeys(name for adapter in adapters for name in adapter))
         self.adapters = adapters
-        self.triangles = {name: self._triangles(name) for name in dict.fromkeys(name for adapter in adapters for name in adapter)}
+        self.triangles = self._triangles(dict.fromkeys(name for adapter in adapters for name in adapter))
 
-    def _triangles(self, name: str) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """For each group the R of the stacked Bs and of the stacked Aᵀs, and for each column its adapter and its scale."""
-        parts = [(number, adapter[name]) for number, adapter in enumerate(self.adapters) if name in adapter]
-        found = []
-        for group in zip(*(module.blocks() for _, module in parts)):
-            B = torch.cat([B.double() for B, _ in group], dim=1)
-            A = torch.cat([A.double() for _, A in group])
-            sizes = torch.tensor([A.shape[0] for _, A in group])
-            owner = torch.tensor([number for number, _ in parts]).repeat_interleave(sizes)
-            scale = torch.tensor([module.scale for _, module in parts], dtype=torch.float64).repeat_interleave(sizes)
-            found.append((_triangle(B), _triangle(A.T), owner, scale))
+    def _triangles(self, names) -> dict[str, list[tuple[Tensor, Tensor, Tensor, Tensor]]]:
+        """For each group of each layer the R of the stacked Bs and of the stacked Aᵀs, and for each column its adapter and its scale. What
+        stays is allocated before and after the large matrices and never between them, where it would keep their memory from being used again."""
+        columns = {name: self._columns(name) for name in names}
+        room = torch.empty(2 * sum(groups * len(owner) ** 2 for owner, _, groups in columns.values()), dtype=torch.float64)
+        places, start = {}, 0
+        for name in names:
+            places[name] = []
+            for group in zip(*(adapter[name].blocks() for adapter in self.adapters if name in adapter)):
+                for factor in (torch.cat([B.double() for B, _ in group], dim=1), torch.cat([A.double() for _, A in group]).T):
+                    triangle = _triangle(factor)
+                    end = start + triangle.numel()
+                    room[start:end].view(triangle.shape).copy_(triangle)
+                    places[name].append((start, end, *triangle.shape))
+                    start = end
+        found = {}
+        for name, (owner, scale, _) in columns.items():
+            kept = [room[start:end].view(rows, width) for start, end, rows, width in places[name]]
+            found[name] = [(left, right, owner, scale) for left, right in zip(kept[::2], kept[1::2])]
         return found
 
-    def curve(self, weights: list[float]) -> Curve:
+    def _columns(self, name: str) -> tuple[Tensor, Tensor, int]:
+        """For each column of a group of a layer its adapter and its scale, and how many groups there are."""
+        parts = [(number, adapter[name]) for number, adapter in enumerate(self.adapters) if name in adapter]
+        sizes = torch.tensor([module.rank // module.groups for _, module in parts])
+        owner = torch.tensor([number for number, _ in parts]).repeat_interleave(sizes)
+        scale = torch.tensor([module.scale for _, module in parts], dtype=torch.float64).repeat_interleave(sizes)
+        return owner, scale, parts[0][1].groups
+
+    def curve(self, weights: list[Weight]) -> Curve:
         """The loss at every rank for these weights."""
-        _check_weights(self.adapters, weights)
-        factor = torch.tensor(weights, dtype=torch.float64)
-        tails = {name: self._tail(groups, factor) for name, groups in self.triangles.items()}
+        factors = factors_of(self.adapters, weights)
+        tails = {name: self._tail(groups, _column(factors, name)) for name, groups in self.triangles.items()}
         length = max((len(tail) for tail in tails.values()), default=1)
         whole = torch.zeros(length, dtype=torch.float64)
         for tail in tails.values():
             whole[: len(tail)] += tail
             whole[len(tail) :] += tail[-1]
-        return Curve(_relative(whole), {name: _relative(tail) for name, tail in tails.items()})
+        return Curve(_relative(whole), {name: _relative(tail) for name, tail in tails.items()}, sqrt(float(whole[0])))
+
+    def products(self) -> dict[str, Tensor]:
+        """For each layer the inner products ⟨ΔW_i, ΔW_j⟩ of all adapters, unweighted, from the triangles: `RᵀR` is the Gram matrix of the
+        factors, so those of the rank-one parts are one elementwise product, summed over the parts of each two adapters."""
+        count, found = len(self.adapters), {}
+        for name, groups in self.triangles.items():
+            found[name] = torch.zeros(count, count, dtype=torch.float64)
+            for left, right, owner, scale in groups:
+                of, scaled_left = torch.nn.functional.one_hot(owner, count).double(), left * scale
+                found[name] += of.T @ ((scaled_left.T @ scaled_left) * (right.T @ right)) @ of
+        return found
+
+    def weighted(self, products: dict[str, Tensor], weights: list[Weight]) -> Tensor:
+        """The inner products (n, n) of the weighted adapters over all layers, from what `products` gave."""
+        factors = factors_of(self.adapters, weights)
+        columns = {name: _column(factors, name) for name in products}
+        return sum((columns[name][:, None] * product * columns[name] for name, product in products.items()), torch.zeros(len(weights), len(weights)).double())
 
     def _tail(self, groups: list, factor: Tensor) -> Tensor:
         """The squared loss of one layer at every rank from 0 to the full one."""
@@ -233,6 +267,11 @@ class Preview:
         ranks = torch.arange(len(tails) * (len(tails[0]) - 1) + 1)
         each = torch.where(ranks > 0, (ranks // len(tails)).clamp_min(1), ranks)
         return sum(tail[each] for tail in tails)
+
+
+def _column(factors: list[dict[str, float]], name: str) -> Tensor:
+    """The weight of one layer in each adapter; 0 where it is not."""
+    return torch.tensor([factor.get(name, 0.0) for factor in factors], dtype=torch.float64)
 
 
 def _relative(squares: Tensor) -> list[float]:

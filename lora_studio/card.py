@@ -18,6 +18,7 @@ from lora_studio import bases
 from lora_studio import spec as specs
 from lora_studio.errors import StudioError
 from lora_studio.spec import Base
+from lora_studio.weights import Weight, in_words
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 LANGUAGE = re.compile(r"[a-z]{2,3}")
@@ -42,7 +43,7 @@ class Parent:
     """An adapter that went into a blend: its name, its weight, the hash of its weights, and its Hub id if it has one."""
 
     name: str
-    weight: float
+    weight: Weight
     sha256: str = ""
     hub_id: str = ""
 
@@ -226,7 +227,7 @@ def _loading(facts: Facts, repo_id: str | None) -> str:
 def _parents(facts: Facts) -> str:
     if not facts.parents:
         return ""
-    rows = [[parent.hub_id if is_hub_id(parent.hub_id) else parent.name, f"{parent.weight:g}", parent.sha256[:16]] for parent in facts.parents]
+    rows = [[parent.hub_id if is_hub_id(parent.hub_id) else parent.name, in_words(parent.weight), parent.sha256[:16]] for parent in facts.parents]
     formula = "Each layer is `W = W0 + sum of weight * scale * B @ A` over these adapters:\n\n"
     recipe = "\nThe recipe, to make it again:\n\n" + fence(facts.recipe, "yaml") if facts.recipe else ""
     return _section("Parents", formula + table(["adapter", "weight", "sha256"], rows) + recipe)

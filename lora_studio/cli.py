@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lora_studio import __version__, cli_captions, cli_merge, cli_shelf, doctor, presets, settings, studio
+from lora_studio import __version__, cli_captions, cli_judge, cli_merge, cli_shelf, doctor, presets, settings, studio
 from lora_studio.cli_shelf import answer
 from lora_studio.errors import RunError, SpecError, StudioError
 from lora_studio.runs import Status
@@ -297,6 +297,7 @@ def serve(
 
 cli_shelf.register(app)
 cli_merge.register(app)
+cli_judge.register(app)
 cli_captions.register(app)
 
 

@@ -5,7 +5,7 @@ import re
 import typer
 
 from lora_studio import library, merges
-from lora_studio.cli_shelf import AsJson, answer, weighted
+from lora_studio.cli_shelf import AsJson, Layers, answer, weighted
 from lora_studio.errors import BlendError
 from lora_studio.workspace import local
 
@@ -35,10 +35,10 @@ def merge(
     rank: int = typer.Option(None, help="Approximate or compress to this rank."), density: float = typer.Option(None, help="Share of the entries that is kept; 0.5 where nothing is said."),
     seed: int = typer.Option(None, help="Of what dare and della drop; 0 where nothing is said."), gamma: float = typer.Option(None, help="Share of the largest entries that breadcrumbs drops."),
     epsilon: float = typer.Option(None, help="How far the chances of della spread."), space: str = typer.Option(None, help="What orthogonal takes out: direction or subspace."),
-    as_json: bool = AsJson,
+    layers: list[str] = Layers, as_json: bool = AsJson,
 ):  # fmt: skip
     workspace = local()
-    mix = [(library.folder_of(workspace, text).name, weight) for text, weight in map(weighted, parts)]
+    mix = [(library.folder_of(workspace, text).name, weight) for text, weight in weighted(parts, layers)]
     id, done = merges.merge(workspace, mix, how, name=name, rank=rank, density=density, seed=seed, gamma=gamma, epsilon=epsilon, space=space)
     words = f"{id} is in the library as {name}: rank {done['rank']}, relative error {done['loss']:.2e} against the merge itself."
     answer({"id": id, "name": name, **done}, as_json, words)

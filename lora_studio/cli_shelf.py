@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ import typer
 
 from lora_studio import baking, formats, grids, library, merges, settings, shelf
 from lora_studio.errors import SpecError
+from lora_studio.weights import in_words
 from lora_studio.workspace import local
 
+Layers = typer.Option([], "--layers", metavar="ADAPTER:PATTERN=WEIGHT", help="The weight of some layers, such as pirate:model.layers.0-3=0.5 or pirate:mlp=0; may be repeated.")
 AsJson = typer.Option(False, "--json", help="Answer as JSON on standard output.")
 Token = typer.Option(False, "--token-stdin", help="Read the Hub token from standard input instead of the Hub's own login.")
 
@@ -78,11 +81,11 @@ def remove(adapter: str, *, undo: bool = typer.Option(False, help="Bring it back
 
 def blend(
     parts: list[str] = typer.Argument(None, metavar="ADAPTER=WEIGHT..."), *, name: str = typer.Option(None, help="What to call the blend."),
-    rank: int = typer.Option(None, help="Compress to this rank."),
+    layers: list[str] = Layers, rank: int = typer.Option(None, help="Compress to this rank."),
     again: str = typer.Option(None, metavar="ADAPTER", help="Make a blend, merge or resized adapter again by its recipe."), as_json: bool = AsJson,
 ):  # fmt: skip
     if again:
-        if parts or name or rank is not None:
+        if parts or name or layers or rank is not None:
             raise SpecError("recipe.alone")
         id, done = merges.again(local(), again)
         said = "the same, byte for byte" if done["identical"] else f"not the same as it was; it is in the library as {id}"
@@ -90,24 +93,31 @@ def blend(
         return
     if not parts or not name:
         raise SpecError("blend.what")
-    id, done = shelf.blend(local(), [weighted(text) for text in parts], name=name, rank=rank)
+    id, done = shelf.blend(local(), weighted(parts, layers), name=name, rank=rank)
     answer({"id": id, **done}, as_json, f"{id} is in the library as {name}: rank {done['rank']}, relative error {done['loss']:.1e}.")
 
 
 def bake(
-    parts: list[str] = typer.Argument(..., metavar="ADAPTER=WEIGHT..."), *, out: Path = typer.Option(None, help="The new folder of the model."),
+    parts: list[str] = typer.Argument(..., metavar="ADAPTER=WEIGHT..."), *, layers: list[str] = Layers,
+    out: Path = typer.Option(None, help="The new folder of the model."),
     base: str = typer.Option(None, help="Another base than the one the adapters name: a Hub id or a folder."),
     dtype: str = typer.Option(None, help="bf16, fp16 or fp32; by default the base's own."),
+    how: str = typer.Option(None, help="Put them together in another way than the sum, in full rank: ties, dare, della, magnitude, breadcrumbs, knots, slerp, ..."),
+    density: float = typer.Option(None, help="Share of the entries that is kept, with --how."), seed: int = typer.Option(None, help="Of what dare and della drop."),
     plan: bool = typer.Option(False, help="Say what it would be and lose, and write nothing."), as_json: bool = AsJson,
 ):  # fmt: skip
     workspace = local()
-    mix = [(library.folder_of(workspace, name).name, weight) for name, weight in map(weighted, parts)]
+    mix = [(library.folder_of(workspace, name).name, weight) for name, weight in weighted(parts, layers)]
     if out is None and not plan:
         raise SpecError("bake.where")
+    merge = {key: value for key, value in {"how": how, "density": density, "seed": seed}.items() if value is not None}
+    if merge and not how:
+        raise SpecError("bake.how")
+    manner = {"base": base, "dtype": dtype, "merge": merge or None}
     if plan:
-        told = baking.preview(workspace, mix, base=base, dtype=dtype)
+        told = baking.preview(workspace, mix, **manner)
     else:
-        told = _last(baking.bake(workspace, mix, out, base=base, dtype=dtype), 1e9, "GB are written")
+        told = _last(baking.bake(workspace, mix, out, **manner), 1e9, "GB are written")
     words = f"{told['changed']} tensors change, {told['bytes'] / 1e9:.2f} GB; the precision takes {told['loss']:.2%} of the update."
     answer({"out": str(out) if out else None, **told}, as_json, "\n".join([*told["notes"], words, *([] if plan else [f"The model is in {out}"])]))
 
@@ -133,14 +143,14 @@ def _last(events, unit: float, what: str) -> dict:
 
 
 def generate(
-    base: str, prompt: str, *, adapters: list[str] = typer.Option([], "--with", metavar="ADAPTER=WEIGHT", help="May be repeated."),
+    base: str, prompt: str, *, adapters: list[str] = typer.Option([], "--with", metavar="ADAPTER=WEIGHT", help="May be repeated."), layers: list[str] = Layers,
     seed: int = typer.Option(0, help="The same seed gives the same answer."), longest: int = typer.Option(128, help="Tokens at most."),
     temperature: float = typer.Option(0.0, help="0 always takes the likeliest token."),
     steps: int = typer.Option(20, help="Steps of a picture, with an image model."), guidance: float = typer.Option(5.0, help="Guidance of a picture."),
     size: str = typer.Option(None, metavar="WIDTHxHEIGHT", help="Size of a picture in pixels; by default what the model was trained at."),
     as_json: bool = AsJson,
 ):  # fmt: skip
-    parts, text = [weighted(words) for words in adapters], ""
+    parts, text = weighted(adapters, layers), ""
     edge = shelf.picture_edge(base)
     if edge:
         width, height = _size(size, edge)
@@ -158,7 +168,7 @@ def generate(
 
 def grid(
     base: str, prompts: list[str] = typer.Argument(..., metavar="PROMPT..."), *,
-    adapters: list[str] = typer.Option([], "--with", metavar="ADAPTER=WEIGHT", help="May be repeated."),
+    adapters: list[str] = typer.Option([], "--with", metavar="ADAPTER=WEIGHT", help="May be repeated."), layers: list[str] = Layers,
     rows: list[str] = typer.Option([], "--row", help="all, an adapter, or ADAPTER@STEP for a checkpoint of its run; by default all."),
     strengths: str = typer.Option("0, 0.5, 1, 1.5", help="Each multiplies the weights; 0 is the base."),
     seed: int = typer.Option(0, help="The same seed gives the same pictures."), steps: int = typer.Option(20, help="Steps of a picture."),
@@ -167,7 +177,7 @@ def grid(
     as_json: bool = AsJson,
 ):  # fmt: skip
     workspace = local()
-    parts = [[library.folder_of(workspace, name).name, weight] for name, weight in map(weighted, adapters)]
+    parts = [[library.folder_of(workspace, name).name, weight] for name, weight in weighted(adapters, layers)]
     keys = [_row(workspace, row) for row in rows] or [key for _, key in grids.choices(workspace, parts)[:1]]
     width, height = _size(size, shelf.picture_edge(base) or 512)
     brush = {"seed": seed, "steps": steps, "guidance": guidance, "width": width, "height": height}
@@ -224,8 +234,22 @@ def register(app: typer.Typer) -> None:
         app.command(name, help=help)(function)
 
 
-def weighted(text: str) -> tuple[str, float]:
-    """`name=weight`, or a name alone for weight 1. Raises SpecError."""
+def weighted(parts: list[str], layers: Sequence[str] = ()) -> shelf.Parts:
+    """Each `name=weight`, or a name alone for weight 1, and `name:pattern=weight` for its layers that a pattern means. Raises SpecError."""
+    found = [_number(text) for text in parts]
+    names = [name for name, _ in found]
+    for text in layers:
+        start, weight = _number(text)
+        name, _, pattern = start.rpartition(":")
+        if name not in names or not pattern or start == text:
+            raise SpecError("weights.layers", text=text, name=next(iter(names), "pirate"))
+        place = names.index(name)
+        before = found[place][1]
+        found[place] = name, {**(before if isinstance(before, dict) else {"": before}), pattern: weight}
+    return found
+
+
+def _number(text: str) -> tuple[str, float]:
     name, sign, weight = text.rpartition("=")
     if not sign:
         return text, 1.0
@@ -266,7 +290,7 @@ def _line(item: library.Item) -> str:
 
 def _family(tree: dict) -> str:
     """An adapter's parents, and theirs: both (one × 1, sum (a × 1, b × 0.5) × 0.7)."""
-    weight = f" × {tree['weight']:g}" if isinstance(tree["weight"], int | float) else ""
+    weight = f" × {in_words(tree['weight'])}" if isinstance(tree["weight"], int | float | dict) else ""
     parents = f" ({', '.join(map(_family, tree['parents']))})" if tree["parents"] else ""
     return f"{tree['name']}{'' if tree['present'] else ' [not here]'}{parents}{weight}"
 

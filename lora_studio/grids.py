@@ -11,6 +11,7 @@ from lora_studio.adapters import steps
 from lora_studio.errors import BenchError
 from lora_studio.jobs import bench
 from lora_studio.pictures.samples import save_sample
+from lora_studio.weights import Weight, acts, times
 from lora_studio.workspace import Workspace
 
 MOST = 400
@@ -22,7 +23,7 @@ class Row:
     """One row of a grid: what it is called, and its adapters as [folder, weight, name]."""
 
     label: str
-    parts: tuple[tuple[str, float, str], ...]
+    parts: tuple[tuple[str, Weight, str], ...]
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,8 @@ def draw(workspace: Workspace, asked: Asked) -> Iterator[dict]:
     end, in the workspace's pictures/. A cell that equals another (strength 0 in every row) is drawn once."""
     target, columns = workspace.root / "pictures", [f"x {strength:g}" if strength else "base" for strength in asked.strengths]
     cells = {(row, column): _scaled(asked.rows[row].parts, strength) for row in range(len(asked.rows)) for column, strength in enumerate(asked.strengths)}
-    sides = {f"side {number}": parts for number, parts in enumerate(dict.fromkeys(cells.values()))}
-    side_of = {parts: side for side, parts in sides.items()}
+    sides = {f"side {number}": parts for number, parts in enumerate({repr(parts): parts for parts in cells.values()}.values())}
+    side_of = {repr(parts): side for side, parts in sides.items()}
     blocks, total, active = [], len(sides) * len(asked.prompts), {}
     for number, prompt in enumerate(asked.prompts):
         files: dict[str, Path] = {}
@@ -98,13 +99,13 @@ def draw(workspace: Workspace, asked: Asked) -> Iterator[dict]:
                 done = number * len(sides) + len(files)
                 if event["event"] == "picture":
                     files[event["side"]] = Path(event["path"])
-                    places = [place for place, parts in cells.items() if side_of[parts] == event["side"]]
+                    places = [place for place, parts in cells.items() if side_of[repr(parts)] == event["side"]]
                     yield {"event": "cell", "prompt": number, "places": places, "path": event["path"], "done": done + 1, "total": total}
                 elif event["event"] == "done":
                     active |= {side: told["active"] for side, told in event["sides"].items()}
                 else:
                     yield {**event, "done": done, "total": total}
-        lines = [(row.label, [files[side_of[cells[place, column]]] for column in range(len(columns))]) for place, row in enumerate(asked.rows)]
+        lines = [(row.label, [files[side_of[repr(cells[place, column])]] for column in range(len(columns))]) for place, row in enumerate(asked.rows)]
         blocks.append(pictures.Block(prompt, lines))
     told = [{"label": row.label, "adapters": [{"name": name, "weight": weight} for _, weight, name in row.parts]} for row in asked.rows]
     facts = {"base": asked.base, "prompts": list(asked.prompts), "rows": told, "strengths": list(asked.strengths), **asked.brush}
@@ -113,8 +114,8 @@ def draw(workspace: Workspace, asked: Asked) -> Iterator[dict]:
     yield {"event": "grid", "path": str(target / name), "pictures": total, "base_is_bare": all(not active[side] for side in bare)}
 
 
-def _scaled(parts: tuple[tuple[str, float, str], ...], strength: float) -> tuple[tuple[str, float, str], ...]:
-    return tuple((path, weight * strength, name) for path, weight, name in parts if weight * strength)
+def _scaled(parts: tuple[tuple[str, Weight, str], ...], strength: float) -> tuple[tuple[str, Weight, str], ...]:
+    return tuple((path, times(weight, strength), name) for path, weight, name in parts if acts(times(weight, strength)))
 
 
 def strengths(text: str) -> tuple[float, ...]:

@@ -30,6 +30,7 @@ from lora_studio import blend, sketch
 from lora_studio.blend import Modules
 from lora_studio.errors import BlendError
 from lora_studio.lowrank import LowRank
+from lora_studio.weights import Weight
 
 METHODS = ("magnitude", "ties", "dare", "della", "breadcrumbs")
 TILE = 64  # rows that share one seed, so that any stretch of rows is drawn alike
@@ -39,14 +40,14 @@ PARALLEL = 0.9995  # a cosine above which two directions are one, and slerp is a
 # ---- in factor space
 
 
-def slerp(left: Modules, right: Modules, t: float) -> Modules:
+def slerp(left: Modules, right: Modules, t: float | dict[str, float]) -> Modules:
     """From left (t 0) to right (t 1) along the arc between them, in each layer: sin((1-t)θ)/sin θ of the one and sin(tθ)/sin θ of the
-    other, θ from the Gram identity. Where one is missing or they are parallel it is the straight line."""
+    other, θ from the Gram identity. Where one is missing or they are parallel it is the straight line. `t` may be one for each layer."""
     names = dict.fromkeys([*left, *right])
     found: Modules = {}
     for name in names:
         pair = [{name: adapter[name]} if name in adapter else {} for adapter in (left, right)]
-        found |= blend.stack(pair, list(_arc(left.get(name), right.get(name), t)))
+        found |= blend.stack(pair, list(_arc(left.get(name), right.get(name), t[name] if isinstance(t, dict) else t)))
     return found
 
 
@@ -92,19 +93,24 @@ def _span(factor: Tensor) -> Tensor:
     return U[:, S.max().clamp_min(1e-300) * 1e-10 < S]
 
 
-def knots(adapters: list[Modules], weights: list[float], *, method: str = "ties", density: float = 0.5, strength: float = 1.0) -> Modules:
+def knots(adapters: list[Modules], weights: list[Weight], *, method: str = "ties", density: float = 0.5, strength: float = 1.0) -> Modules:
     """Adapters aligned in one basis and merged there (KnOTS): the ΔW of a layer side by side are U S [V_1 … V_n], the V_t are put together
     by `ties` or as their `mean`, and U S V comes back. The rank is at most the sum of ranks, so the result is an adapter without loss."""
     blend.stack(adapters, weights)  # the same rules for weights and shapes
     _check_share(density)
     if method not in ("ties", "mean"):
         raise BlendError("merge.method", method=method, known="ties, mean")
-    found: Modules = {}
+    found, factors = {}, blend.factors_of(adapters, weights)
     for name in dict.fromkeys(name for adapter in adapters for name in adapter):
-        parts = [(adapter[name], weight) for adapter, weight in zip(adapters, weights) if name in adapter and weight and adapter[name].scale]
+        parts = _parts(adapters, factors, name)
         if parts:
             found[name] = _aligned(parts, method, density, strength)
     return found
+
+
+def _parts(adapters: list[Modules], factors: list[dict[str, float]], name: str) -> list[tuple[LowRank, float]]:
+    """What acts on one layer, with its weight there."""
+    return [(adapter[name], factor[name]) for adapter, factor in zip(adapters, factors) if name in adapter and factor[name] and adapter[name].scale]
 
 
 def _aligned(parts: list[tuple[LowRank, float]], method: str, density: float, strength: float) -> LowRank:
@@ -259,12 +265,12 @@ def _place(counts: Tensor, place: int) -> tuple[int, int]:
     return len(counts) - 1 - number, place - (int(above[number - 1]) if number else 0)
 
 
-def entrywise(adapters: list[Modules], weights: list[float], recipe: Recipe) -> dict[str, Merged]:
+def entrywise(adapters: list[Modules], weights: list[Weight], recipe: Recipe) -> dict[str, Merged]:
     """The merged update of every layer, by its name. Raises BlendError when shapes or weights do not fit."""
     blend.stack(adapters, weights)
-    found = {}
+    found, factors = {}, blend.factors_of(adapters, weights)
     for name in dict.fromkeys(name for adapter in adapters for name in adapter):
-        parts = [(adapter[name], float(weight)) for adapter, weight in zip(adapters, weights) if name in adapter and weight and adapter[name].scale]
+        parts = _parts(adapters, factors, name)
         if parts:
             found[name] = Merged(name, parts, recipe)
     return found

@@ -15,7 +15,7 @@ from lora_studio.adapters import assistant
 from lora_studio.errors import BaseModelError, DataError, MachineError, Problem, StudioError
 from lora_studio.home import home, presets_folder
 from lora_studio.jobs import checks, devices
-from lora_studio.spec import Source, TrainSpec
+from lora_studio.spec import Source, TrainSpec, methods
 from lora_studio.spec.idle import changed, needs_gpu
 from lora_studio.workspace import Workspace
 
@@ -271,8 +271,7 @@ def suggest_lr(lr: float, kind: str = "chat") -> float:
 
 def scale(spec: TrainSpec) -> float:
     """The factor of B·A: alpha / rank, or alpha / sqrt(rank) when rank-stabilised."""
-    method = spec.method
-    return method.alpha / (method.rank**0.5 if method.rslora else method.rank)
+    return methods.strength(spec.method)
 
 
 def _trainable_texts(spec: TrainSpec, info: bases.BaseInfo) -> int:
@@ -281,13 +280,13 @@ def _trainable_texts(spec: TrainSpec, info: bases.BaseInfo) -> int:
         return 0
     ends = tuple(f".{end}.weight" for end in families.CLIP_LINEARS)
     shapes = [shape for name, shape in bases.adaptable(info.folder).items() if name.startswith("text_encoder") and name.endswith(ends)]
-    return sum(spec.method.rank * sum(shape) for shape in shapes)
+    return sum(methods.parameters(spec.method, *shape[:2]) for shape in shapes)
 
 
 def _size_up(spec: TrainSpec, info: bases.BaseInfo, device: str, report: Report) -> None:
     """Trainable parameters from the headers, and memory from a rough formula, to compare with what is free."""
     if info.linears and report.facts.get("targets"):
-        report.facts["trainable"] = info.trainable(report.facts["targets"], spec.method.rank) + _trainable_texts(spec, info)
+        report.facts["trainable"] = info.trainable(report.facts["targets"], spec.method) + _trainable_texts(spec, info)
         top = max(min(rows_, columns) for _, rows_, columns in info.linears)
         if spec.method.rank > top:
             report.add("method.rank", f"method.rank is {spec.method.rank}, but no layer has a rank above {top}. Lower it.")

@@ -20,6 +20,7 @@ from lora_studio import durable, settings
 from lora_studio.errors import RunError, StudioError
 from lora_studio.spec import TrainSpec
 from lora_studio.spec.captions import CaptionSpec
+from lora_studio.spec.search import SearchSpec
 from lora_studio.workspace import Workspace
 
 LIFE = {"queued", "launched", "started", "resumed", "done", "stopped", "failed"}
@@ -29,7 +30,7 @@ FLUSH_SECONDS = 0.5
 TAIL_BYTES = 64 * 1024
 
 
-def create(workspace: Workspace, spec: TrainSpec | CaptionSpec) -> Path:
+def create(workspace: Workspace, spec: TrainSpec | CaptionSpec | SearchSpec) -> Path:
     """A new run folder holding `spec`, whole or absent. Returns its path."""
     workspace.runs.mkdir(parents=True, exist_ok=True)
     folder = workspace.runs / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
@@ -45,18 +46,29 @@ def create(workspace: Workspace, spec: TrainSpec | CaptionSpec) -> Path:
 
 def spec_of(folder: Path) -> TrainSpec:
     """The spec of a training run. Raises SpecError when someone broke it, and RunError when the run trains nothing."""
-    if writes_captions(folder):
-        raise RunError("run.captions", id=folder.name)
+    if not trains(folder):
+        raise RunError("run.captions" if writes_captions(folder) else "run.search", id=folder.name)
     return settings.load(folder / "spec.yaml")
 
 
 @lru_cache(maxsize=1024)
-def writes_captions(folder: Path) -> bool:
-    """Whether a run writes captions, and trains nothing. (What was asked for never changes.)"""
+def kind_of(folder: Path) -> str:
+    """What a run does: train, captions, or search. (What was asked for never changes.)"""
     try:
-        return settings.read_tree(folder / "spec.yaml").get("kind") == "captions"
+        kind = settings.read_tree(folder / "spec.yaml").get("kind")
     except (StudioError, OSError, ValueError):
-        return False
+        return "train"
+    return kind if kind in ("captions", "search") else "train"
+
+
+def trains(folder: Path) -> bool:
+    """Whether a run trains an adapter."""
+    return kind_of(folder) == "train"
+
+
+def writes_captions(folder: Path) -> bool:
+    """Whether a run writes captions."""
+    return kind_of(folder) == "captions"
 
 
 class Events:

@@ -19,9 +19,10 @@ from lora_studio.adapters import pipeline_files
 from lora_studio.errors import AdapterError, MachineError, RunError, StudioError
 from lora_studio.jobs import bench
 from lora_studio.spec import Base
+from lora_studio.weights import Weight
 from lora_studio.workspace import Workspace
 
-Parts = list[tuple[str, float]]
+Parts = list[tuple[str, Weight]]
 # What is taken out of an uploaded archive; a pickle among them is named and refused like one that comes alone.
 UPLOADS = (".safetensors", ".json", ".jinja", ".md", ".bin", ".pt", ".pth", ".ckpt", ".pkl")
 

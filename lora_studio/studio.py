@@ -23,6 +23,8 @@ SAMPLE = re.compile(r"[0-9a-f]{16}\.png")
 
 # ---- specs
 
+METHOD_NAMES = {"dylora": "DyLoRA", "adalora": "AdaLoRA", "vera": "VeRA", "loha": "LoHa", "lokr": "LoKr", "miss": "MiSS"}
+
 
 def compose(preset: str | None = None, tree: dict | None = None, overrides: list[str] = ()) -> TrainSpec:
     """A spec from a preset, settings on top of it, and `path=value` overrides on top of those. Raises SpecError."""
@@ -47,7 +49,7 @@ def spec_of_values(values: dict[str, object]) -> TrainSpec:
     tree: dict = {}
     for leaf in settings.leaves():
         kind = values.get(f"{leaf.group}.kind")
-        if leaf.path in values and (not leaf.kinds or kind in leaf.kinds) and leaf.path not in foreign(values.get("task.kind", "chat")):
+        if leaf.path in values and (not leaf.kinds or kind in leaf.kinds) and leaf.path not in foreign(values.get("task.kind", "chat"), values.get("method.kind", "lora")):
             tree = settings.set_path(tree, leaf.path, values[leaf.path])
     return parse(tree)
 
@@ -116,9 +118,9 @@ def spec_of(workspace: Workspace, id: str) -> TrainSpec:
     return runs.spec_of(workspace.run_folder(id))
 
 
-def writes_captions(workspace: Workspace, id: str) -> bool:
-    """Whether a run writes captions, and trains nothing."""
-    return runs.writes_captions(workspace.run_folder(id))
+def trains(workspace: Workspace, id: str) -> bool:
+    """Whether a run trains an adapter; others write captions or search weights."""
+    return runs.trains(workspace.run_folder(id))
 
 
 def events(workspace: Workspace, id: str) -> list[dict]:
@@ -209,7 +211,7 @@ def resume(workspace: Workspace, id: str) -> str:
         raise RunError("run.live", id=folder.name, state=status.state)
     if status.state == "done":
         raise RunError("run.finished", id=folder.name)
-    device = devices.resolve(durable.read_json(folder / "card.json", {}).get("device", "auto") if runs.writes_captions(folder) else runs.spec_of(folder).compute.device)
+    device = devices.resolve(durable.read_json(folder / "card.json", {}).get("device", "auto") if not runs.trains(folder) else runs.spec_of(folder).compute.device)
     for request in ("stop", "save", "sample"):
         runs.answered(folder, request)
     queue.add(workspace, folder, device=device)
@@ -266,8 +268,13 @@ def _file_name(name: str) -> str:
 
 def method_in_words(spec: TrainSpec) -> str:
     """The method of a run in a few words."""
+    method = spec.method
+    if method.kind != "lora":
+        return f"{METHOD_NAMES[method.kind]}, rank {method.rank}" + (f", alpha {method.alpha:g}" if hasattr(method, "alpha") else "")
     plus = f"LoRA+ ×{spec.optim.lora_plus_ratio:g}" if spec.optim.lora_plus_ratio else "LoRA"
-    return f"{'rank-stabilised ' if spec.method.rslora else ''}{plus}, rank {spec.method.rank}, alpha {spec.method.alpha:g}"
+    plus = ("DoRA" + plus.removeprefix("LoRA")) if method.dora else plus
+    words = ", ".join(([f"from {method.start}"] if method.start else []) + ([method.init] if method.init not in ("kaiming", "gaussian") else []) + (["A frozen"] if method.freeze_a else []))
+    return f"{'rank-stabilised ' if method.rslora else ''}{plus}, rank {method.rank}, alpha {method.alpha:g}" + (f", {words}" if words else "")
 
 
 # ---- data

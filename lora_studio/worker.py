@@ -139,6 +139,10 @@ def _train(folder: Path, desk: RunDesk) -> None:
         from lora_studio.inference import captioning
 
         return captioning.run(folder, desk)
+    if not runs.trains(folder):
+        from lora_studio.inference import searching
+
+        return searching.run(folder, desk)
     from lora_studio.training import job
 
     job.train(folder, desk)

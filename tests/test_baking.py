@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from lora_studio import baking, library
-from lora_studio.errors import BakeError, BenchError
+from lora_studio.errors import BakeError, BenchError, BlendError
 from lora_studio.jobs import bench
 from tests import tiny
 from tests.test_cli import command
@@ -54,6 +54,22 @@ def test_what_is_said_before_is_what_is_written_and_it_answers_as_the_adapters_d
         baking.preview(workspace, [[one, 0.0]])
     with pytest.raises(BenchError, match="plain names"):
         bench.ask("bake", base=str(base), parts=[[str(library.adapter_folder(workspace, one)), 1.0]], target=str(tmp_path / "x"), files={"../x": "y"})
+
+
+def test_weights_by_layer_are_baked_and_stand_in_card_and_recipe(workspace, base, tmp_path):
+    id, weight = add(workspace, base, "one", seed=1, size=0.5), {"": 0.8, "model.layers.0": -0.5, "mlp": 0.0}
+    assert baking.preview(workspace, [[id, weight]])["changed"] == 2 < baking.preview(workspace, [[id, 1.0]])["changed"]
+    list(baking.bake(workspace, [[id, weight]], tmp_path / "out"))
+    assert json.loads((tmp_path / "out" / baking.RECIPE).read_text())["sum"] == [{"adapter": id, "name": "one", "weight": weight}]
+    assert "| one | 0.8, `model.layers.0` -0.5, `mlp` 0 |" in (tmp_path / "out" / "README.md").read_text()
+    before, after = (transformers.AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (base, tmp_path / "out"))
+    from lora_studio import adapters
+
+    for name, module in adapters.read(library.adapter_folder(workspace, id)).modules.items():
+        factor = 0.0 if ".mlp." in name else -0.5 if "layers.0" in name else 0.8
+        assert torch.allclose(after[f"{name}.weight"], before[f"{name}.weight"] + factor * module.delta(), atol=1e-6)
+    with pytest.raises(BlendError, match=r"layers\.5 means no layer of one"):
+        baking.preview(workspace, [[id, {"layers.5": 1.0}]])
 
 
 def test_bake_and_extract_on_the_command_line_are_each_others_way_back(workspace, base, tmp_path):

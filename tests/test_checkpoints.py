@@ -288,3 +288,31 @@ def test_extraction_names_what_no_adapter_carries_and_refuses_two_that_do_not_be
     ):
         with pytest.raises(BakeError, match=said):
             act()
+
+
+def test_an_adapter_learnt_over_4_bits_is_baked_into_the_full_precision_original(tmp_path):
+    """An evaluation pass may repack 4-bit weights in place, after which a merge into them reads garbage; baking never looks at them."""
+    base = write(tmp_path / "base", torch.float32, hidden_size=64, head_dim=16)
+    four_bit = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    packed = transformers.AutoModelForCausalLM.from_pretrained(base, quantization_config=four_bit)
+    packed.save_pretrained(tmp_path / "packed")
+    torch.manual_seed(1)
+    model = peft.get_peft_model(packed, peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    ids = torch.arange(24).view(2, 12)
+    optimizer = torch.optim.AdamW([value for value in model.parameters() if value.requires_grad], lr=1e-2)
+    for _ in range(3):
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    with torch.no_grad():
+        model(ids)
+    model.save_pretrained(tmp_path / "lora")
+    lora = adapters.read(tmp_path / "lora")
+    with pytest.raises(BakeError, match="full-precision model it was made from"):
+        checkpoints.plan(tmp_path / "packed", [(lora, 1.0)])
+    checkpoints.apply(checkpoints.plan(base, [(lora, 1.0)]), tmp_path / "out")
+    before, after = weights(base), weights(tmp_path / "out")
+    for name, module in lora.modules.items():
+        update = module.delta(torch.float64)
+        assert float((after[f"{name}.weight"].double() - before[f"{name}.weight"].double() - update).norm() / update.norm()) < 1e-5, name

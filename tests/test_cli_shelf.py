@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from lora_studio import library
+from lora_studio.errors import SpecError
 from lora_studio.jobs import bench
 from lora_studio.workspace import Workspace
 from tests import tiny
@@ -86,6 +87,36 @@ def test_from_two_runs_to_a_published_blend_and_back(workspace, home, hub, base,
     assert again == blended
     subprocess.run([sys.executable, "-c", "from lora_studio.jobs import bench; bench.stop()"], env={**os.environ, **fresh}, check=True)
     assert not any(b"hf_me" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+
+
+def test_layers_are_weighted_on_the_command_line_and_the_blend_answers_as_its_parts(workspace, base, tmp_path):
+    for name, seed in (("one", 1), ("two", 2)):
+        library.add(workspace, tiny.adapter_files(base, seed=seed), {"name": name, "base": str(base)})
+    layers = ["--layers", "one:model.layers.0=-0.5", "--layers", "one:mlp=0", "--layers", "two:layers.0-1=0.25"]
+    both = said("blend", "one=0.8", "two", *layers, "--name", "both")
+    card = said("inspect", "both")
+    wanted = [{"": 0.8, "model.layers.0": -0.5, "mlp": 0.0}, {"": 1.0, "layers.0-1": 0.25}]
+    assert [parent["weight"] for parent in card["parents"]] == [row["weight"] for row in card["recipe"]["sum"]] == wanted
+    assert "one × 0.8, mlp 0, model.layers.0 -0.5" in command("inspect", both["id"]).stdout
+    live = said("generate", base, "red fox?", "--longest", 6, "--with", "one=0.8", "--with", "two", *layers)
+    assert live["answer"] == said("generate", base, "red fox?", "--longest", 6, "--with", "both")["answer"]
+    assert live["adapters"] == [["one", wanted[0]], ["two", wanted[1]]]
+    assert said("bake", "one=0", "--layers", "one:layers.1.mlp=1", "--plan")["changed"] == 1
+    assert said("merge", "one", "two", "--how", "ties", "--rank", 4, *layers, "--name", "voted")["rank"] == 4
+    assert "the same, byte for byte" in command("blend", "--again", "voted").stdout
+    found = command("blend", "one", "two", "--layers", "one:layers.9=1", "--name", "x", code=1)
+    assert "Name one of its blocks: model.layers.0, model.layers.1." in found.stderr and "Traceback" not in found.stderr
+    assert {item["name"] for item in said("library")} == {"one", "two", "both", "voted"}
+
+
+def test_parts_of_a_mix_and_the_layers_of_each_are_read():
+    from lora_studio.cli_shelf import weighted
+
+    assert weighted(["a=0.5", "b", "c: d=-2"], ["c: d:mlp=1e-1"]) == [("a", 0.5), ("b", 1.0), ("c: d", {"": -2.0, "mlp": 0.1})]
+    assert weighted(["a", "a=2"], ["a:0-3=0", "a:0-3=1"]) == [("a", {"": 1.0, "0-3": 1.0}), ("a", 2.0)]
+    for text in ("a:mlp", "a:=1", "b:mlp=1", "mlp=1", "a:mlp=x"):
+        with pytest.raises(SpecError, match="Write for example"):
+            weighted(["a=1"], [text])
 
 
 @pytest.mark.parametrize(

@@ -9,16 +9,16 @@ import lora_studio
 
 PACKAGE = Path(lora_studio.__file__).parent
 FLOORS = {
-    0: ["errors", "sentences", "spec", "problems", "settings", "families", "presets", "home", "__init__"],
-    1: ["lowrank", "blend", "merging", "products", "ranks", "sketch"],
+    0: ["errors", "sentences", "spec", "problems", "settings", "families", "presets", "home", "weights", "__init__"],
+    1: ["lowrank", "blend", "merging", "products", "ranks", "sketch", "conflicts"],
     2: ["durable", "workspace", "runs", "data", "rows", "bases", "single_files", "library", "adapters", "checkpoints", "hub", "card", "pictures"],
     3: ["worker", "bench", "training", "inference", "demo"],
     4: ["jobs"],
-    5: ["studio", "albums", "baking", "shelf", "formats", "merges", "grids", "preflight", "doctor"],
-    6: ["cli", "cli_captions", "cli_merge", "cli_shelf", "ui", "__main__"],
+    5: ["studio", "albums", "baking", "exports", "lineage", "tryouts", "shelf", "formats", "merges", "judging", "search", "grids", "preflight", "doctor"],
+    6: ["cli", "cli_captions", "cli_judge", "cli_merge", "cli_shelf", "ui", "__main__"],
 }
 FLOOR = {name: number for number, names in FLOORS.items() for name in names}
-ONLY = {"torch": {1, 2, 3}, "transformers": {3}, "peft": {3}, "diffusers": {3}, "accelerate": {3}, "gradio": {6}, "typer": {6}, "click": {6}}
+ONLY = {"torch": {1, 2, 3}, "transformers": {3}, "peft": {3}, "diffusers": {3}, "accelerate": {3}, "cma": {3}, "gradio": {6}, "typer": {6}, "click": {6}}
 # (from, to): the keeper of a run starts the next one when its own ends.
 ALLOWED_UP = {("worker", "jobs")}
 

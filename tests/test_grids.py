@@ -8,7 +8,7 @@ from PIL import Image
 
 from lora_studio import durable, grids, library, pictures, runs, shelf
 from lora_studio.adapters import steps
-from lora_studio.adapters.files import CONFIG, WEIGHTS
+from lora_studio.adapters.files import CONFIG, WEIGHTS, reheaded
 from lora_studio.errors import BenchError, RunError
 from lora_studio.jobs import bench
 from lora_studio.spec import parse
@@ -36,7 +36,7 @@ def trained(workspace, base) -> str:
     """An adapter of a run that has a checkpoint with other weights."""
     run = runs.create(workspace, parse({"name": "style", "base": {"id": str(base)}, "task": {"kind": "image"}, "data": [{"path": "x"}]}))
     durable.publish_folder(run / "adapter", files(base, 1))
-    early = steps.renamed(files(base, 2)[WEIGHTS], lambda name: name.replace(".weight", ".default.weight"))
+    early = reheaded(files(base, 2)[WEIGHTS], lambda name: name.replace(".weight", ".default.weight"))
     durable.publish_folder(run / "checkpoints" / "step-000010", {"adapter.safetensors": early})
     return library.add(workspace, files(base, 1), {"name": "style", "base": str(base), "run": run.name})
 
@@ -69,11 +69,22 @@ def test_every_cell_is_what_its_adapter_draws_and_the_file_holds_all_with_its_se
     assert told["rows"][1] == {"label": "style, step 10", "adapters": [{"name": "style, step 10", "weight": 0.8}]}
 
 
+def test_weights_by_block_are_multiplied_by_each_strength(workspace, base):
+    id, weight = trained(workspace, base), {"": 0.8, "mid_block": 0.0, "up_blocks.0-1": -0.6}
+    rows = grids.rows(workspace, [id], [[id, weight]])
+    events = list(grids.draw(workspace, grids.Asked(str(base), ("a red circle",), rows, (0.0, 0.5, 1.0), BRUSH)))
+    seen = {place: Image.open(event["path"]).tobytes() for event in events if event["event"] == "cell" for place in event["places"]}
+    assert seen[0, 0] == drawn(workspace, base, []) and seen[0, 2] == drawn(workspace, base, [[id, weight]]) != drawn(workspace, base, [[id, 0.8]])
+    assert seen[0, 1] == drawn(workspace, base, [[id, {"": 0.4, "mid_block": 0.0, "up_blocks.0-1": -0.3}]])
+    told = json.loads(Image.open(events[-1]["path"]).text["lora-studio"])
+    assert events[-1]["base_is_bare"] and told["rows"][0]["adapters"] == [{"name": "style", "weight": weight}]
+
+
 def test_a_checkpoint_becomes_an_adapter_once_and_only_where_there_is_one(workspace, base):
     run = workspace.root / "runs" / library.card(workspace, trained(workspace, base))["run"]
     folder = steps.adapter_of(run, 10)
     assert durable.damage(folder) is None and (folder / CONFIG).read_bytes() == (run / "adapter" / CONFIG).read_bytes()
-    assert (folder / WEIGHTS).read_bytes() == steps.renamed(files(base, 2)[WEIGHTS], lambda name: name)
+    assert (folder / WEIGHTS).read_bytes() == reheaded(files(base, 2)[WEIGHTS])
     before = (folder / WEIGHTS).stat().st_mtime_ns
     assert steps.adapter_of(run, 10) == folder and (folder / WEIGHTS).stat().st_mtime_ns == before
     with pytest.raises(RunError, match=r"no whole checkpoint of step 11 \(it has 10\)"):

@@ -6,6 +6,7 @@ import peft
 import pytest
 import torch
 import transformers
+import yaml
 
 from lora_studio import adapters, blend, library, merges, merging, ranks, shelf
 from lora_studio.errors import BlendError
@@ -163,6 +164,40 @@ def test_every_recipe_makes_the_same_bytes_again(space, base):
     library.remove(space, two)
     with pytest.raises(BlendError, match="its parent two is not in the library"):
         merges.again(space, ids[0])
+
+
+LEFT, RIGHT = {"": 0.7, "model.layers.0": 0.2, "down_proj": 1.1}, {"layers.1": 0.5, "": 1.0}
+
+
+def test_weights_by_layer_are_in_the_recipe_and_the_parents_and_make_the_same_bytes_again(space, base):
+    one, two = add(space, base, "one", seed=1), add(space, base, "two", seed=2, ends=("q_proj", "v_proj"))
+    parts = [(one, LEFT), (two, RIGHT)]
+    ids = {
+        "sum": shelf.blend(space, parts, name="sum")[0], "small": shelf.blend(space, parts, name="small", rank=3)[0],
+        **{how: merges.merge(space, parts, how, name=how)[0] for how in ("slerp", "subtract")},
+        "ties": merges.merge(space, parts, "ties", name="ties", rank=6)[0],
+    }  # fmt: skip
+    for id in ids.values():
+        card, weights = library.card(space, id), (library.adapter_folder(space, id) / adapters.WEIGHTS).read_bytes()
+        rows = card["recipe"]["sum"] if "sum" in card["recipe"] else card["recipe"]["merge"]["parts"]
+        assert [row["weight"] for row in rows] == [parent["weight"] for parent in card["parents"]] == [LEFT, RIGHT]
+        found, done = merges.again(space, id)
+        assert (found, done["identical"]) == (id, True) and (library.adapter_folder(space, id) / adapters.WEIGHTS).read_bytes() == weights
+    left, right = modules(space, one), modules(space, two)
+    assert blend.difference(modules(space, ids["sum"]), blend.stack([left, right], [LEFT, RIGHT])).overall < 1e-6
+    negative = {"": -1.0, "layers.1": -0.5}
+    assert blend.difference(modules(space, ids["subtract"]), blend.stack([left, right], [LEFT, negative])).overall < 1e-6
+    places = {"model.layers.0.self_attn.q_proj": 1 / 1.2, "model.layers.1.self_attn.q_proj": 0.5 / 1.2}
+    arc = merging.slerp(*({name: found[name] for name in places} for found in (left, right)), places)
+    assert blend.difference({name: modules(space, ids["slerp"])[name] for name in places}, arc).overall < 1e-6
+    with pytest.raises(BlendError, match=r"its weight 1, layers\.1 0\.5 has no effect"):
+        merges.merge(space, [(one, LEFT), (two, {"layers.1": 0.5})], "orthogonal", name="x")
+    with pytest.raises(BlendError, match="name no place between"):
+        merges.merge(space, [(one, {"layers.1": -0.5}), (two, 1.0)], "slerp", name="x")
+    draft = shelf.draft(space, ids["sum"], shelf.Push("me/sum"))
+    assert r"0.7, down\_proj 1.1, model.layers.0 0.2" in draft.readme
+    assert yaml.safe_load(draft.readme.partition("```yaml\n")[2].partition("```")[0]) == library.card(space, ids["sum"])["recipe"]
+    assert [parent["weight"] for parent in library.lineage(space, ids["sum"])["parents"]] == [LEFT, RIGHT]
 
 
 def test_what_would_have_no_effect_or_no_meaning_is_refused_and_the_library_stays_as_it_was(space, base):

@@ -29,6 +29,26 @@ def near(got: torch.Tensor, meant: torch.Tensor, limit: float = 1e-6) -> bool:
 PAIR = ({"a": module(1), "b": module(2)}, {"a": module(3, rank=5, scale=1.3), "b": module(4)})
 
 
+LEFT, RIGHT = {"": 0.5, "b": -1.2}, {"a": 2.0, "b": 0.0}  # weights by layer
+
+
+@pytest.mark.parametrize("method", [*merging.METHODS, "knots"])
+def test_a_weight_by_layer_is_in_each_layer_the_number_it_has_there(method):
+    def merged(weights) -> dict[str, torch.Tensor]:
+        if method == "knots":
+            return {name: dense(one) for name, one in merging.knots(list(PAIR), weights).items()}
+        return {name: one.rows(0, 70) for name, one in merging.entrywise(list(PAIR), weights, Recipe(method, density=0.5)).items()}
+
+    found = merged([LEFT, RIGHT])
+    assert torch.equal(found["a"], merged([0.5, 2.0])["a"]) and torch.equal(found["b"], merged([-1.2, 0.0])["b"])
+    assert not torch.equal(found["b"], merged([0.5, 0.0])["b"])
+
+
+def test_slerp_may_stand_elsewhere_on_the_arc_in_each_layer():
+    found = merging.slerp(*PAIR, {"a": 0.25, "b": 0.6})
+    assert near(dense(found["a"]), dense(merging.slerp(*PAIR, 0.25)["a"])) and near(dense(found["b"]), dense(merging.slerp(*PAIR, 0.6)["b"]))
+
+
 # ---- in factor space
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from lora_studio import presets, settings, studio
 from lora_studio.errors import SpecError
-from lora_studio.spec import TrainSpec, parse
+from lora_studio.spec import TrainSpec, methods, parse
 
 PLAIN = {"data": [{"path": "x"}]}
 
@@ -113,8 +113,8 @@ def test_flags_and_form_values_are_exactly_the_leaves_of_the_spec():
         flags = {parameter.name.replace("__", ".") for parameter in command().commands[name].params} - own
         assert flags == leaves
     assert set(studio.form_values()) == leaves
-    kinds = ("chat", "prompt_completion", "text", "image")
-    assert leaves == set().union(*(_leaf_paths(parse({**PLAIN, "task": {"kind": kind}}).model_dump()) for kind in kinds))
+    kinds = [("task", kind) for kind in ("chat", "prompt_completion", "text", "image")] + [("method", kind) for kind in methods.KINDS]
+    assert leaves == set().union(*(_leaf_paths(parse({**PLAIN, group: {"kind": kind}}).model_dump()) for group, kind in kinds))
 
 
 def _leaf_paths(tree: dict, prefix: str = "") -> set[str]:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from lora_studio import bases
 from lora_studio.adapters import config as configs
+from lora_studio.adapters import experts, natives
 from lora_studio.adapters.card import Card, Layer
 from lora_studio.adapters.files import shown
 from lora_studio.errors import AdapterError, BlendError, Problem
@@ -13,14 +14,20 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def base_shapes(folder: Path) -> Shapes:
-    """The weights of a base on this machine by the name of their layer, from its headers. Raises BaseModelError."""
+    """The weights of a base on this machine by the name of their layer, and its stacked experts, from its headers. Raises BaseModelError."""
     found = bases.adaptable(folder)
-    return {name.removesuffix(".weight"): tuple(shape) for name, shape in found.items() if name.endswith(".weight") and len(shape) > 1}
+    return {
+        name.removesuffix(".weight"): tuple(shape)
+        for name, shape in found.items()
+        if (name.endswith(".weight") and len(shape) > 1) or experts.is_stack(name, shape)
+    }
 
 
 def check(card: Card, shapes: Shapes, *, label: str = "The adapter", base: str = "") -> list[Problem]:
     """How an adapter fits a base: layers that are not there, shapes that differ, targets it lacks, another base's name."""
-    places, own, total = _places(card, shapes), card.base or "an unknown base", len(card.layers)
+    fitting = {name for name, layer in card.layers.items() if experts.slots(name, layer.shape, shapes)}
+    places = {name: place(name, shapes) for name in card.layers if name not in fitting}
+    own, total = card.base or "an unknown base", len(card.layers)
     strangers = [name for name, place in places.items() if place is None]
     if strangers and len(strangers) == total:
         error = AdapterError("adapter.fits_nothing", path=label, count=total, base=base, own=own, name=shown(strangers[0]))
@@ -41,11 +48,6 @@ def check(card: Card, shapes: Shapes, *, label: str = "The adapter", base: str =
     if base and card.base and base != card.base:
         warnings.append(AdapterError("adapter.other_base", path=label, own=own, base=base))
     return [Problem("", str(error)) for error in errors] + [Problem("", str(error), "warning") for error in warnings]
-
-
-def _places(card: Card, shapes: Shapes) -> dict[str, str | None]:
-    """For each layer of the adapter the layer of the base it means."""
-    return {name: place(name, shapes) for name in card.layers}
 
 
 def place(name: str, shapes: Shapes) -> str | None:
@@ -79,7 +81,7 @@ def _missing(card: Card, shapes: Shapes, present: set) -> list[str]:
     return [
         name
         for name, shape in shapes.items()
-        if name not in present and configs.means(config, name) and not (wide and (len(shape) != 2 or name.rsplit(".", 1)[-1] in ends))
+        if name not in present and not experts.is_stack(name, shape) and configs.means(config, name) and not (wide and (len(shape) != 2 or name.rsplit(".", 1)[-1] in ends))
     ]
 
 
@@ -99,7 +101,7 @@ def refuse_blend(cards: dict[str, Card], *, prints: dict[str, str] | None = None
 def _refuse_one(name: str, card: Card) -> None:
     if card.method == "dora":
         raise BlendError("blend.dora", name=name)
-    if card.method != "lora" or card.format != "peft":
+    if card.method not in ("lora", *natives.METHODS.values()) or card.format != "peft":
         raise BlendError("blend.method", name=name, method=card.method if card.format == "peft" else f"{card.format} {card.method}")
     if card.mutates:
         raise BlendError("blend.mutates", name=name, init=card.mutates)

@@ -36,6 +36,7 @@ class PeftConfig(BaseModel):
     alpha_pattern: dict[str, Strength] = {}
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
+    target_parameters: list[str] = []
     modules_to_save: list[str] = []
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None

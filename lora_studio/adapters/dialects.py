@@ -3,6 +3,8 @@
 import re
 from dataclasses import dataclass, field
 
+from lora_studio.adapters.experts import Stack
+
 PREFIX = "base_model.model."
 PARTS = {
     "lora_A": ("A", "linear"),
@@ -37,12 +39,14 @@ FAMILIES = [
 
 @dataclass
 class Names:
-    """The tensors of a PEFT file by what they are: `factors[layer]["A" | "B"]` are names of tensors, `kinds[layer]` its kind."""
+    """The tensors of a PEFT file by what they are: `factors[layer]["A" | "B"]` are names of tensors, `kinds[layer]` its kind, `stacks` the
+    parameters of experts."""
 
     factors: dict[str, dict[str, str]] = field(default_factory=dict)
     kinds: dict[str, str] = field(default_factory=dict)
     extras: dict[str, str] = field(default_factory=dict)
     twice: list[str] = field(default_factory=list)
+    stacks: dict[str, Stack] = field(default_factory=dict)
 
 
 def format_of(names: list[str]) -> str | None:

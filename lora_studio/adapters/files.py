@@ -8,7 +8,7 @@ import io
 import json
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,6 +149,16 @@ def refuse_strangers(label: str, head: bytes, size: int) -> None:
 
 
 # ---- the header
+
+
+def reheaded(weights: bytes, new: Callable[[str], str] = str, metadata: dict[str, str] | None = None) -> bytes:
+    """A safetensors file with other names and metadata in its header, in a fixed order (the library's own order of metadata is random)."""
+    (length,) = struct.unpack("<Q", weights[:8])
+    header = json.loads(weights[8 : 8 + length])
+    entries = {new(name): entry for name, entry in header.items() if name != "__metadata__"}
+    text = json.dumps({"__metadata__": {"format": "pt", **(metadata or {})}, **entries}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + weights[8 + length :]
 
 
 def read_header(label: str, file: BinaryIO, size: int) -> Header:

@@ -80,12 +80,12 @@ def _product(label: str, stem: str, parts: dict[str, str], alpha: str, header: H
         if name == alpha and prod(header.tensors[name].shape) != 1:
             raise AdapterError("adapter.lycoris_shapes", path=label, name=shown(stem))
     shapes = {part: header.tensors[name].shape for part, name in parts.items()}
-    sizes = (_loha if method == "loha" else _lokr)(shapes)
+    sizes = (loha_sizes if method == "loha" else lokr_sizes)(shapes)
     if sizes is None:
         raise AdapterError("adapter.lycoris_shapes", path=label, name=shown(stem))
     out, flat, kernel, rank, dim = sizes
     if kernel is None:
-        kernel = _kernel(label, layers[0], convolved)
+        kernel = kernel_of(label, layers[0], convolved)
     if flat % prod(kernel) or (len(layers) > 1 and kernel) or (len(layers) == 3 and out % 3):
         raise AdapterError("adapter.lycoris_shapes", path=label, name=shown(stem))
     return Product(method, parts, alpha, layers, (out, flat // prod(kernel), *kernel), min(rank, out, flat), dim)
@@ -99,7 +99,7 @@ def _layers(stem: str) -> tuple[str, ...]:
     return images.layers_of(stem)
 
 
-def _loha(shapes: dict[str, tuple[int, ...]]) -> tuple | None:
+def loha_sizes(shapes: dict[str, tuple[int, ...]]) -> tuple | None:
     """(out, in·k, kernel where the file says it, rank, dim), or None where the shapes do not fit each other."""
     pairs = [[shapes[f"hada_w{number}_{end}"] for end in "ab"] for number in "12"]
     if any(len(shape) != 2 for pair in pairs for shape in pair):
@@ -114,8 +114,8 @@ def _loha(shapes: dict[str, tuple[int, ...]]) -> tuple | None:
     return (a1[1], b1[1] * prod(cores[0][2:]), cores[0][2:], a1[0] * a2[0], b1[0]) if fits else None
 
 
-def _lokr(shapes: dict[str, tuple[int, ...]]) -> tuple | None:
-    """As `_loha`. The rank of a Kronecker product is the product of both ranks."""
+def lokr_sizes(shapes: dict[str, tuple[int, ...]]) -> tuple | None:
+    """As `loha_sizes`. The rank of a Kronecker product is the product of both ranks."""
     first = _factor([shapes.get(f"lokr_w1{end}") for end in ("", "_a", "_b")], None)
     second = _factor([shapes.get(f"lokr_w2{end}") for end in ("", "_a", "_b")], shapes.get("lokr_t2"))
     if first is None or second is None or first[2] not in (None, ()):
@@ -142,7 +142,7 @@ def _factor(shapes: list, core) -> tuple | None:
     return (left[1], right[1] * prod(core[2:]), core[2:], left[0], right[0]) if fits else None
 
 
-def _kernel(label: str, layer: str, convolved: bool | None) -> tuple[int, ...]:
+def kernel_of(label: str, layer: str, convolved: bool | None) -> tuple[int, ...]:
     """The kernel of a layer by its name; () of a linear one. Raises AdapterError where the file leaves it open."""
     if layer.startswith("text_encoder") or not re.match(r"(down_blocks|up_blocks|mid_block|conv_in|conv_out)\b", layer):
         return ()
@@ -166,7 +166,7 @@ def _projections(groups: dict[str, dict[str, str]], header: Header) -> bool | No
         if stem.endswith(("attn2_to_k", "attn2.to_k", "attn2_to_v", "attn2.to_v")):
             shapes = {part: header.tensors[name].shape for part, name in parts.items()}
             method = "loha" if "hada_w1_a" in parts else "lokr"
-            sizes = (_loha if method == "loha" else _lokr)(shapes) if frozenset(parts) in WHOLE[method] else None
+            sizes = (loha_sizes if method == "loha" else lokr_sizes)(shapes) if frozenset(parts) in WHOLE[method] else None
             if sizes and sizes[1] in (768, 1024, 2048):
                 return sizes[1] == 768
     return None
@@ -196,7 +196,6 @@ def modules(products: list[Product], tensors: dict[str, Tensor]) -> dict[str, Lo
     """Their updates by the names of diffusers' layers, computed in fp64 and kept in fp32 (or wider, where the file is)."""
     import torch
 
-    from lora_studio import blend
     from lora_studio.lowrank import LowRank
 
     found: dict[str, LowRank] = {}
@@ -204,25 +203,28 @@ def modules(products: list[Product], tensors: dict[str, Tensor]) -> dict[str, Lo
         given = {part: tensors[name] for part, name in product.parts.items()}
         own = torch.float64 if any(tensor.dtype == torch.float64 for tensor in given.values()) else torch.float32
         scale = float(tensors[product.alpha].reshape(())) / product.dim if product.alpha and product.dim else 1.0
-        whole = _made(product, {part: tensor.double() for part, tensor in given.items()}, scale)
-        if whole.rank > product.rank:  # more rank than the weight has: the same update in fewer columns
-            whole = blend.compress({"x": whole}, product.rank)[0]["x"]
+        whole = made(product.method, {part: tensor.double() for part, tensor in given.items()}, scale, product.shape, product.rank)
         for name, rows in zip(product.layers, images.rows_of(whole.A.shape, whole.B.shape, len(product.layers))):
             B = whole.B if rows is None else whole.B[slice(*rows)]
             found[name] = LowRank(whole.A.to(own), B.to(own).contiguous(), whole.scale, whole.kind)
     return found
 
 
-def _made(product: Product, parts: dict[str, Tensor], scale: float) -> LowRank:
-    from lora_studio import products
+def made(method: str, parts: dict[str, Tensor], scale: float, shape: tuple[int, ...], rank: int) -> LowRank:
+    """The update of one layer: loha or lokr, from its tensors by their part, of no more rank than that."""
+    from lora_studio import blend, products
 
-    if product.method == "loha":
+    if method == "loha":
         pairs = [(parts[f"hada_w{number}_a"], parts[f"hada_w{number}_b"]) for number in "12"]
         if "hada_t1" in parts:
             pairs = [products.tucker(parts[f"hada_t{number}"], *pair) for number, pair in zip("12", pairs)]
-        return products.loha(*pairs[0], *pairs[1], scale=scale, shape=product.shape)
-    second = (parts["lokr_w2"].flatten(1),) if "lokr_w2" in parts else (parts["lokr_w2_a"], parts["lokr_w2_b"])
-    if "lokr_t2" in parts:
-        second = products.tucker(parts["lokr_t2"], *second)
-    first = parts["lokr_w1"] if "lokr_w1" in parts else parts["lokr_w1_a"] @ parts["lokr_w1_b"]
-    return products.lokr(first, *second, scale=scale, shape=product.shape)
+        whole = products.loha(*pairs[0], *pairs[1], scale=scale, shape=shape)
+    else:
+        second = (parts["lokr_w2"].flatten(1),) if "lokr_w2" in parts else (parts["lokr_w2_a"], parts["lokr_w2_b"])
+        if "lokr_t2" in parts:
+            second = products.tucker(parts["lokr_t2"], *second)
+        first = parts["lokr_w1"] if "lokr_w1" in parts else parts["lokr_w1_a"] @ parts["lokr_w1_b"]
+        whole = products.lokr(first, *second, scale=scale, shape=shape)
+    if whole.rank > rank:  # more rank than the weight has: the same update in fewer columns
+        whole = blend.compress({"x": whole}, rank)[0]["x"]
+    return whole

@@ -4,6 +4,8 @@ import json
 import re
 import struct
 
+from lora_studio.adapters.files import reheaded
+
 PREFIX = "base_model.model."
 NAME = "pytorch_lora_weights.safetensors"
 # A layer of a text encoder: its name in a PEFT folder begins with the encoder's.
@@ -15,16 +17,12 @@ def to_pipeline_file(weights: bytes, config: dict, component: str) -> bytes:
     goes into the header, once for each part: without it loaders take alpha for the rank, and the adapter is too strong or too weak.
     Names of text encoders have the `text_model.` that every loader knows."""
     (length,) = struct.unpack("<Q", weights[:8])
-    header = json.loads(weights[8 : 8 + length])
-    entries = {_named(name.removeprefix(PREFIX), component): entry for name, entry in header.items() if name != "__metadata__"}
+    names = [_named(name.removeprefix(PREFIX), component) for name in json.loads(weights[8 : 8 + length]) if name != "__metadata__"]
     told = {}
-    for part in sorted({name.partition(".")[0] for name in entries} | {component}):
-        layers = [name.partition(".")[2].partition(".lora_")[0] for name in entries if name.startswith(f"{part}.")]
+    for part in sorted({name.partition(".")[0] for name in names} | {component}):
+        layers = [name.partition(".")[2].partition(".lora_")[0] for name in names if name.startswith(f"{part}.")]
         told |= {f"{part}.{key}": value for key, value in _meant(config, part, layers).items()}
-    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(told, sort_keys=True)}
-    text = json.dumps({"__metadata__": metadata, **entries}, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text + weights[8 + length :]
+    return reheaded(weights, lambda name: _named(name.removeprefix(PREFIX), component), {"lora_adapter_metadata": json.dumps(told, sort_keys=True)})
 
 
 def _named(name: str, component: str) -> str:

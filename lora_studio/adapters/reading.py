@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lora_studio.adapters import config as configs
-from lora_studio.adapters import dialects, images, lycoris
+from lora_studio.adapters import dialects, experts, images, lycoris, natives
 from lora_studio.adapters.card import Adapter, Card, Layer
 from lora_studio.adapters.files import FLOATS, Entry, Header, locate, parse_json, read_header, shown
 from lora_studio.errors import AdapterError, Problem
@@ -32,6 +32,7 @@ TORCH_NAMES = {
 }  # fmt: skip
 MOST = 5
 ImageParts = tuple[list[lycoris.Product], dict[str, images.Piece]]
+Natives = dict[str, natives.Native]
 
 
 def inspect(source: Path | str | dict[str, bytes], *, config: dict | None = None) -> Card:
@@ -51,7 +52,10 @@ def read(source: Path | str | dict[str, bytes], *, config: dict | None = None) -
         card, names = _card(place.label, header, place.config, config)
         _refuse([problem.sentence for problem in card.problems if problem.level == "error"])
         tensors = {name: _tensor(file, header.tensors[name]) for name in header.tensors if card.extras.get(name) != "copy"}
-    modules = _modules(card, names, tensors) if card.format == "peft" else _modules_of_image(card, names, tensors)
+    if card.method in natives.METHODS.values() and card.format == "peft":
+        modules = natives.modules(names, tensors)
+    else:
+        modules = _modules(card, names, tensors) if card.format == "peft" else _modules_of_image(card, names, tensors)
     _refuse(_problems_of_values(place.label, tensors, modules, may_hold_more=card.format == "peft"))
     return Adapter(modules, {name: tensors[name] for name in card.extras if name in tensors}, card)
 
@@ -64,7 +68,7 @@ def _refuse(sentences: list[str]) -> None:
 # ---- from the header
 
 
-def _card(label: str, header: Header, raw: bytes | None, given: dict | None) -> tuple[Card, dialects.Names | ImageParts]:
+def _card(label: str, header: Header, raw: bytes | None, given: dict | None) -> tuple[Card, dialects.Names | ImageParts | Natives]:
     """The card, and which tensor is which factor (of an image adapter by another program, its parts). Raises AdapterError when it is no adapter."""
     names = list(header.tensors)
     form = dialects.format_of(names)
@@ -78,6 +82,8 @@ def _card(label: str, header: Header, raw: bytes | None, given: dict | None) -> 
         raise AdapterError("adapter.no_config", path=label)
     config, tree = configs.read(raw, given)
     base = shown(config.base_model_name_or_path, 200)
+    if config.peft_type in natives.METHODS:
+        return _native_card(label, header, config, tree, facts)
     if config.peft_type != "LORA":
         method = shown(config.peft_type, 40)
         problem = _problem(AdapterError("adapter.method", path=label, method=method))
@@ -87,7 +93,13 @@ def _card(label: str, header: Header, raw: bytes | None, given: dict | None) -> 
     found = dialects.split(names)
     if not found.factors:
         raise AdapterError("adapter.no_factors", path=label, name=shown(names[0]))
+    variants = tuple(words for key, words in VARIANTS.items() if tree.get(key))
+    shapes = {name: entry.shape for name, entry in header.tensors.items()}
+    stacks = experts.sort(found.factors, config, shapes) if config.target_parameters else None
+    if stacks is not None:
+        found.stacks, variants = stacks, tuple(words for words in variants if words != VARIANTS["target_parameters"])
     layers, problems = _layers(label, header, found, config)
+    layers |= experts.layers(found.stacks, config, shapes)
     problems += _problems_of_extras(label, found, config)
     card = Card(
         "peft",
@@ -101,12 +113,25 @@ def _card(label: str, header: Header, raw: bytes | None, given: dict | None) -> 
         targets=tuple(sorted({name.rsplit(".", 1)[-1] for name in layers})),
         extras=found.extras,
         mutates="" if config.init_lora_weights in KEEPS_BASE else shown(config.init_lora_weights, 40),
-        variants=tuple(words for key, words in VARIANTS.items() if tree.get(key)),
+        variants=variants,
         config=tree,
         problems=tuple(problems),
         **facts,
     )
     return card, found
+
+
+def _native_card(label: str, header: Header, config: configs.PeftConfig, tree: dict, facts: dict) -> tuple[Card, Natives]:
+    """A card for an adapter by another of PEFT's additive methods, and its layers."""
+    known = {"base": shown(config.base_model_name_or_path, 200), "revision": config.revision, "task_type": config.task_type, "config": tree}
+    method = natives.METHODS[config.peft_type]
+    try:
+        found = natives.sort(label, header, config, tree)
+    except AdapterError as error:
+        return Card("peft", method, problems=(_problem(error),), **known, **facts), {}
+    layers = natives.layers(found)
+    targets = tuple(sorted({name.rsplit(".", 1)[-1] for name in layers}))
+    return Card("peft", method, layers=layers, targets=targets, **known, **facts), found
 
 
 def _stranger(label: str, names: list[str]) -> AdapterError:
@@ -261,10 +286,12 @@ def _tensor(file, entry: Entry) -> Tensor:
 def _modules(card: Card, names: dialects.Names, tensors: dict[str, Tensor]) -> dict[str, LowRank]:
     from lora_studio.lowrank import LowRank
 
-    return {
+    plain = {
         name: LowRank(tensors[names.factors[name]["A"]], tensors[names.factors[name]["B"]], layer.scale, layer.kind)
         for name, layer in card.layers.items()
+        if name in names.factors
     }
+    return plain | experts.modules(names.stacks, card.layers, tensors)
 
 
 def _modules_of_image(card: Card, parts: ImageParts, tensors: dict[str, Tensor]) -> dict[str, LowRank]:

@@ -1,20 +1,21 @@
 """A checkpoint of a run as an adapter of its own: only names change, no number is touched, no torch loaded."""
 
-import json
 import re
-import struct
 from pathlib import Path
 
 from lora_studio import durable, runs
 from lora_studio.adapters import pipeline_files
-from lora_studio.adapters.files import CONFIG, WEIGHTS
+from lora_studio.adapters.files import CONFIG, WEIGHTS, reheaded
 from lora_studio.errors import RunError
+from lora_studio.spec import methods
 
 NAME = re.compile(r"step-(\d{6,})")
 
 
 def steps(run: Path) -> list[int]:
-    """The steps of a run whose checkpoints are whole, ascending."""
+    """The steps of a run whose checkpoints are whole, ascending; none where a checkpoint is no adapter by itself (PiSSA, AdaLoRA, ...)."""
+    if not methods.is_checkpoint_an_adapter(runs.spec_of(run).method):
+        return []
     folder = run / "checkpoints"
     found = (NAME.fullmatch(path.name) for path in folder.iterdir()) if folder.is_dir() else ()
     return sorted(int(match[1]) for match in found if match and durable.damage(folder / match[0]) is None)
@@ -31,16 +32,6 @@ def adapter_of(run: Path, step: int) -> Path:
     if step not in steps(run):
         raise RunError("run.no_checkpoint", id=run.name, step=step, known=", ".join(map(str, steps(run))) or "none")
     weights = (run / "checkpoints" / name / "adapter.safetensors").read_bytes()
-    files = {WEIGHTS: renamed(weights, pipeline_files.of_parameter), CONFIG: (run / "adapter" / CONFIG).read_bytes()}
+    files = {WEIGHTS: reheaded(weights, pipeline_files.of_parameter), CONFIG: (run / "adapter" / CONFIG).read_bytes()}
     durable.publish_folder(target, files)
     return target
-
-
-def renamed(weights: bytes, new) -> bytes:
-    """A safetensors file with other names in its header."""
-    (length,) = struct.unpack("<Q", weights[:8])
-    header = json.loads(weights[8 : 8 + length])
-    entries = {new(name): entry for name, entry in header.items() if name != "__metadata__"}
-    text = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text + weights[8 + length :]

@@ -11,6 +11,7 @@ import math
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
+from lora_studio.adapters import experts
 from lora_studio.adapters.card import Adapter, Card, Layer
 from lora_studio.adapters.dialects import PREFIX
 from lora_studio.adapters.files import CONFIG, WEIGHTS, shown
@@ -43,18 +44,25 @@ def write(adapter: Adapter, *, dtype: str = "float32", even: bool = True) -> dic
     card = adapter.card
     _refuse_what_would_be_lost(adapter)
     rank = _common_rank(adapter.modules)
+    plain, stacked = experts.apart(adapter.modules)
+    ranks = {name: rank if even else module.rank for name, module in plain.items()}
+    ranks |= {name: rank if even else max(module.rank for module in own.values()) for name, own in stacked.items()}
+
+    def layer(name: str, module: LowRank) -> LowRank:
+        made = module.balanced().padded(ranks[name]).cast(getattr(torch, dtype))
+        if not bool(torch.isfinite(made.A).all() and torch.isfinite(made.B).all()):
+            raise AdapterError("adapter.overflow", name=shown(name), dtype=dtype)
+        return made
+
+    factors = {name: (made.A, made.B) for name, module in plain.items() for made in [layer(name, module)]}
+    factors |= experts.joined({name: {number: layer(name, module) for number, module in own.items()} for name, own in stacked.items()})
     tensors = {name: tensor for name, tensor in adapter.extras.items() if card.extras.get(name) == "module"}
-    for name, module in adapter.modules.items():
-        whole = module.balanced()
-        layer = (whole.padded(rank) if even else whole).cast(getattr(torch, dtype))
-        word, end = ("lora_embedding_", "") if module.kind == "embedding" else ("lora_", ".weight")
-        for part, tensor in (("A", layer.A), ("B", layer.B)):
-            if not bool(torch.isfinite(tensor).all()):
-                raise AdapterError("adapter.overflow", name=shown(name), dtype=dtype)
-            tensors[f"{PREFIX}{name}.{word}{part}{end}"] = tensor.contiguous()
-    config = _config(card, list(adapter.modules), rank)
+    for name, pair in factors.items():
+        word, end = ("lora_embedding_", "") if name in plain and plain[name].kind == "embedding" else ("lora_", ".weight")
+        tensors |= {f"{PREFIX}{name}.{word}{part}{end}": tensor.contiguous() for part, tensor in zip("AB", pair)}
+    config = _config(card, list(plain), rank) | ({"target_parameters": sorted(stacked)} if stacked else {})
     if not even:
-        own = {name: module.rank for name, module in adapter.modules.items() if module.rank != rank}
+        own = {name: number for name, number in ranks.items() if number != rank}
         config |= {"rank_pattern": own, "alpha_pattern": own}
     return {WEIGHTS: save(tensors, {"format": "pt"}), CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()}
 

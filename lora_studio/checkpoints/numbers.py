@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from lora_studio.adapters.files import Entry
 from lora_studio.checkpoints.plan import WIDTHS, Change, Out, Plan
+from lora_studio.checkpoints.whole import TILE, Whole
 
 BLOCK = 1 << 20  # bytes of fp32
 
@@ -28,9 +29,10 @@ def one_thread() -> Iterator[None]:
 def blocks(out: Out) -> list[range]:
     """The rows of a tensor in portions that stay in a core's cache. All but the last have the same number, a multiple of 16: a product of
     very few rows is summed in another order."""
-    rows = out.source.shape[0] if out.source.shape else 1
+    rows = out.rows
     wide = max(1, out.source.count // rows)
-    step = max(16, BLOCK // (wide * 4) // 16 * 16)
+    least = TILE if any(isinstance(change.module, Whole) for change in out.changes) else 16
+    step = max(least, BLOCK // (wide * 4) // least * least)
     found = [range(start, min(rows, start + step)) for start in range(0, rows, step)]
     if len(found) > 1 and len(found[-1]) < 16:
         found[-2:] = [range(found[-2].start, rows)]
@@ -75,12 +77,32 @@ def summed(given: int, out: Out, rows: range, scratch: Scratch):
     """Rows of a tensor (n, the rest flat) with every change added, in fp32 or wider."""
     value = _read_rows(given, out, rows, scratch)
     for change in out.changes:
-        B, A, left = _factors(change, rows, value.dtype)
+        own = _own_rows(change, rows)
+        if not own:
+            continue
+        part = value if own == rows else value[own.start + (change.start or 0) - rows.start :][: len(own)]
+        if isinstance(change.module, Whole):
+            part.add_(_of_whole(change, own, value.dtype))
+            continue
+        B, A, left = _factors(change, own, value.dtype)
         if left == 1:
-            value.addmm_(B, A)
+            part.addmm_(B, A)
         else:  # the product is scaled and then added, as PEFT does it, so that one adapter gives its very bits
-            value.add_(_product(B, A, scratch).mul_(left))
+            part.add_(_product(B, A, scratch).mul_(left))
     return value
+
+
+def _own_rows(change: Change, rows: range) -> range:
+    """Those of a tensor's rows that a change means, counted from where it begins."""
+    if change.start is None:
+        return rows
+    height = change.module.shape[1 if change.transposed else 0]
+    return range(max(0, rows.start - change.start), max(0, min(height, rows.stop - change.start)))
+
+
+def _of_whole(change: Change, rows: range, dtype):
+    """These rows of an update of full rank."""
+    return change.module.rows(rows.start, rows.stop, transposed=change.transposed).to(dtype) * change.weight
 
 
 def _factors(change: Change, rows: range, dtype):
@@ -101,7 +123,7 @@ def _product(left, right, scratch: Scratch):
 def _read_rows(given: int, out: Out, rows: range, scratch: Scratch):
     """Rows of a tensor (n, the rest flat), in fp32 or wider, in the scratch."""
     entry = out.source
-    wide, size = entry.count // (entry.shape[0] if entry.shape else 1), WIDTHS[entry.dtype]
+    wide, size = entry.count // out.rows, WIDTHS[entry.dtype]
     data = scratch.data(len(rows) * wide * size)
     if os.preadv(given, [data], entry.start + rows.start * wide * size) != len(data):
         raise OSError("the base became shorter while it was read")
@@ -147,7 +169,7 @@ def loss(plan: Plan, *, rows: int = 512) -> Loss:
                     if not out.changes:
                         continue
                     wrong = size = 0.0
-                    height = out.source.shape[0]
+                    height = out.rows
                     chosen = _spread(height, rows)
                     for part in chosen:
                         found = _errors(given.fileno(), out, part, scratch)
@@ -175,6 +197,13 @@ def _errors(given: int, out: Out, rows: range, scratch: Scratch) -> tuple[float,
     after = summed(given, out, rows, scratch).to(_dtype(out.dtype)).double()
     update = torch.zeros_like(before)
     for change in out.changes:
-        left, right, factor = _factors(change, rows, torch.float64)
-        update += factor * left @ right
+        own = _own_rows(change, rows)
+        if not own:
+            continue
+        part = update[own.start + (change.start or 0) - rows.start :][: len(own)]
+        if isinstance(change.module, Whole):
+            part += _of_whole(change, own, torch.float64)
+        else:
+            left, right, factor = _factors(change, own, torch.float64)
+            part += factor * left @ right
     return float((after - before - update).square().sum()), float(update.square().sum())

@@ -7,9 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lora_studio import adapters, bases, durable
+from lora_studio.adapters import experts
 from lora_studio.adapters.checks import EMBEDDINGS, HEADS
 from lora_studio.adapters.files import Entry, Header, read_header
+from lora_studio.checkpoints.whole import Whole
 from lora_studio.errors import AdapterError, BakeError, BaseModelError
+from lora_studio.weights import Weight, by_layer
 
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 WIDTHS = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}
@@ -19,11 +22,13 @@ LAW = ("license", "licence", "notice", "use_policy", "copying")
 
 @dataclass(frozen=True)
 class Change:
-    """One adapter's update of a tensor: the factors, the weight, and whether the tensor lies transposed (fan_in_fan_out, embeddings)."""
+    """One adapter's update of a tensor: the factors, the weight of that layer, whether the tensor lies transposed (fan_in_fan_out, embeddings), and of
+    an expert in a stack the row where it begins."""
 
     module: object
     weight: float
     transposed: bool
+    start: int | None = None
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,12 @@ class Out:
     @property
     def is_converted(self) -> bool:
         return self.dtype != self.source.dtype
+
+    @property
+    def rows(self) -> int:
+        """The height of the tensor as a matrix: experts in a stack stand below each other."""
+        shape = self.source.shape or (1,)
+        return shape[0] * shape[1] if any(change.start is not None for change in self.changes) else shape[0]
 
 
 @dataclass(frozen=True)
@@ -75,7 +86,7 @@ class Plan:
         return weights + sum((self.base / name).stat().st_size for name in self.copied)
 
 
-def plan(base: Path, parts: list[tuple[adapters.Adapter, float]], *, dtype: str | None = None, labels: list[str] | None = None) -> Plan:
+def plan(base: Path, parts: list[tuple[adapters.Adapter, Weight]], *, dtype: str | None = None, labels: list[str] | None = None) -> Plan:
     """What baking weighted adapters into the base in a folder will write, in the base's own precision or bf16, fp16, fp32. Reads headers
     only. `labels` are what the adapters are called. Raises StudioError for whatever would stop it: layers that are not there, other shapes, packed weights, files that are no whole."""
     if base.is_file() or not base.is_dir():
@@ -85,7 +96,7 @@ def plan(base: Path, parts: list[tuple[adapters.Adapter, float]], *, dtype: str 
     groups = _groups(base)
     headers = {path: header_of(base, path) for _, paths in groups for path in paths}
     names = {(prefix, name): path for prefix, paths in groups for path in paths for name in headers[path][0].tensors}
-    changes = _changes(names, headers, list(zip(parts, labels or ["The adapter"] * len(parts))), base.name)
+    changes = _changes(names, headers, list(zip(parts, labels or ["The adapter"] * len(parts))), base)
     tied = _tied(base, names, changes)
     texts = dict(tied.texts)
     shards = []
@@ -150,15 +161,26 @@ def header_of(base: Path, path: str) -> tuple[Header, bytes]:
         raise BaseModelError("base.broken", id=base.name, reason=str(error)) from None
 
 
-def _changes(names: dict, headers: dict, parts: list, base: str) -> dict[tuple[str, str], tuple[Change, ...]]:
+def _changes(names: dict, headers: dict, parts: list, base: Path) -> dict[tuple[str, str], tuple[Change, ...]]:
     """The changes of each tensor. Raises AdapterError naming the first layer of an adapter that is not there or has another shape."""
     layers = {f"{prefix}{_layer(prefix, name)}": (prefix, name) for prefix, name in names if name.endswith(".weight")}
+    stacks = {place[1]: place for place, path in names.items() if experts.is_stack(place[1], headers[path][0].tensors[place[1]].shape)}
+    layers |= stacks
+    model = str(_json(base / "config.json").get("model_type"))
     shapes = {layer: headers[names[place]][0].tensors[place[1]].shape for layer, place in layers.items()}
     found: dict[tuple[str, str], list[Change]] = {}
-    for (adapter, weight), label in parts:
+    for (adapter, given), label in parts:
         own = adapter.card.base or "an unknown base"
-        strangers = []
+        strangers, factors = [], by_layer(given, adapter.modules, label)
         for name, module in adapter.modules.items():
+            weight = factors[name]
+            slots = experts.slots(name, module.shape, shapes, model=model)
+            for slot in slots if weight else ():
+                part = module.part(*slot.rows) if isinstance(module, Whole) else module.with_blocks([(module.B[slice(*slot.rows)], module.A)], module.scale)
+                start = slot.start if slot.layer in stacks else None
+                found.setdefault(layers[slot.layer], []).append(Change(part, weight, slot.transposed, start))
+            if slots:
+                continue
             place = adapters.place(name, shapes)
             if place is None:
                 strangers.append(name)
@@ -169,12 +191,12 @@ def _changes(names: dict, headers: dict, parts: list, base: str) -> dict[tuple[s
             if len(there) == 2 and there[1] == 1 and wanted != there:
                 raise BakeError("bake.packed", name=name)
             if tuple(wanted) != tuple(there) or getattr(module, "groups", 1) != 1:
-                raise AdapterError("adapter.other_shapes", path=label, name=name, here=list(wanted), there=list(there), base=base, count=1, own=own)
+                raise AdapterError("adapter.other_shapes", path=label, name=name, here=list(wanted), there=list(there), base=base.name, count=1, own=own)
             if weight:
-                found.setdefault(layers[place], []).append(Change(module, float(weight), turned))
+                found.setdefault(layers[place], []).append(Change(module, weight, turned))
         if strangers:
             count, total = len(strangers), len(adapter.modules)
-            raise AdapterError("adapter.unknown_layers", path=label, count=count, total=total, base=base, name=strangers[0])
+            raise AdapterError("adapter.unknown_layers", path=label, count=count, total=total, base=base.name, name=strangers[0])
     return {place: tuple(changes) for place, changes in found.items()}
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from lora_studio import adapters, bases, checkpoints
 from lora_studio.errors import BenchError
+from lora_studio.inference import reshaping
 from lora_studio.inference.blends import parents_of, put
 from lora_studio.inference.requests import argument, base_of
 
@@ -11,14 +12,19 @@ EVERY = 1 << 26  # bytes between two reports
 
 
 def bake(reader, job, request: dict) -> tuple[str, dict]:
-    """Weighted adapters in the weights of a base. Without a target nothing is written: only what it would be, and what the precision takes."""
+    """Weighted adapters in the weights of a base, as their sum or put together as `merge` says ({how, density, ...}), which keeps its full
+    rank here. Without a target nothing is written: only what it would be, and what the precision takes."""
     base, dtype, target = base_of(request.get("base")), request.get("dtype"), request.get("target")
-    parts = reader.parts(job, request.get("parts"), least=1)
+    how = reshaping.how_of(request["merge"]) if request.get("merge") else None
+    parts = reader.parts(job, request.get("parts"), least=2 if how else 1)
     job.doing = f"fetching {base.id}"
     folder = bases.fetch(base)
     job.check()
     job.doing = "planning"
-    plan = checkpoints.plan(folder, [(part.adapter, part.weight) for part in parts], dtype=dtype, labels=[part.name for part in parts])
+    weighted, labels = [(part.adapter, part.weight) for part in parts], [part.name for part in parts]
+    if how:
+        weighted, labels = [(adapters.Adapter(reshaping.merged(parts, *how), {}, parts[0].adapter.card), 1.0)], ["The merge"]
+    plan = checkpoints.plan(folder, weighted, dtype=dtype, labels=labels)
     job.doing = "measuring what the precision takes"
     lost = checkpoints.loss(plan)
     worst = sorted(lost.layers.items(), key=lambda item: -item[1])[:8]

@@ -5,7 +5,6 @@ import os
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import lru_cache
-from math import sqrt
 from pathlib import Path
 
 import torch
@@ -13,8 +12,9 @@ import torch
 from lora_studio import adapters, bases, blend, durable
 from lora_studio.adapters import files as adapter_files
 from lora_studio.checkpoints.numbers import one_thread
-from lora_studio.errors import AdapterError, BaseModelError, BenchError, BlendError, MachineError, Problem, StudioError
+from lora_studio.errors import AdapterError, BaseModelError, BenchError, MachineError, Problem, StudioError
 from lora_studio.inference.requests import argument, base_of, one_of
+from lora_studio.weights import Weight, by_layer, check
 
 KEPT_BYTES = 4 << 30
 KEPT_PREVIEWS = 4
@@ -27,7 +27,7 @@ class Part:
     id: str
     path: Path
     name: str
-    weight: float
+    weight: Weight
     adapter: adapters.Adapter
 
 
@@ -82,21 +82,22 @@ class Reader:
 
     @one_thread()
     def preview(self, job, request: dict) -> tuple[str, dict]:
-        """What a blend would be: how large and how alike its parts are, and its true loss at every rank."""
+        """What a blend would be: how large and how alike its parts are (alone, and `sizes` and `acting` with their weights), how large it
+        is itself, and its true loss at every rank."""
         parts = self.parts(job, request.get("parts"), least=1)
         key = tuple(part.id for part in parts)
         if key not in self.previews:
             job.doing = "measuring the adapters"
             preview = blend.Preview([part.adapter.modules for part in parts])
-            self.previews[key] = (preview, *_sizes(preview))
+            self.previews[key] = (preview, preview.products())
             _forget(self.previews, KEPT_PREVIEWS)
         self.previews.move_to_end(key)
-        preview, norms, cosines = self.previews[key]
+        preview, products = self.previews[key]
         weights = [part.weight for part in parts]
         curve = preview.curve(weights)
-        sizes = [weight * norm for weight, norm in zip(weights, norms)]
-        square = sum(sizes[row] * sizes[column] * cosines[row][column] for row in range(len(parts)) for column in range(len(parts)))
-        found = {"norms": norms, "cosines": cosines, "norm": sqrt(max(0.0, square)), "losses": curve.overall}
+        norms, cosines = _angles(preview.weighted(products, [1.0] * len(parts)))
+        sizes, acting = _angles(preview.weighted(products, weights))
+        found = {"norms": norms, "sizes": sizes, "cosines": cosines, "acting": acting, "norm": curve.norm, "losses": curve.overall}
         return "result", {**found, "rank": len(curve.overall) - 1, "layers": len(curve.layers)}
 
     @one_thread()
@@ -135,15 +136,15 @@ class Reader:
             if not isinstance(row, list) or len(row) not in (2, 3) or not isinstance(row[0], str):
                 raise BenchError("bench.request", reason=f"{str(row)[:60]} is not [path, weight]")
             job.doing = "reading the adapters"
-            weight = row[1]
-            if isinstance(weight, bool) or not isinstance(weight, int | float) or not abs(weight) <= blend.WEIGHT_LIMIT:
-                raise BlendError("blend.weight", weight=repr(weight)[:40], limit=f"{blend.WEIGHT_LIMIT:,.0f}")
+            weight = check(row[1])
             id, adapter = self._adapter(row[0])
-            found.append(Part(id, Path(row[0]), str(row[2]) if len(row) == 3 else _label(row[0]), float(weight), adapter))
+            found.append(Part(id, Path(row[0]), str(row[2]) if len(row) == 3 else _label(row[0]), weight, adapter))
         names = [part.name if [other.name for other in found].count(part.name) == 1 else str(part.path) for part in found]
         cards = {name: part.adapter.card for name, part in zip(names, found)}
         prints = {name: print for name, card in cards.items() if (print := _print_of_base(card.base))}
         adapters.refuse_blend(cards, prints=prints)
+        for part in found:
+            by_layer(part.weight, part.adapter.modules, part.name)
         return found
 
     def _adapter(self, path: str) -> tuple[str, adapters.Adapter]:
@@ -169,16 +170,8 @@ def put(target: Path, files: dict[str, bytes]) -> None:
         raise MachineError("machine.write", path=target, reason=error.strerror or str(error)) from None
 
 
-def _sizes(preview: blend.Preview) -> tuple[list[float], list[list[float]]]:
-    """The norms of a preview's adapters and the cosines between them, from its triangles: `RᵀR` is the Gram matrix of the factors, so
-    the inner products of all rank-one parts are one elementwise product, summed over the parts of each two adapters."""
-    count = len(preview.adapters)
-    products = torch.zeros(count, count, dtype=torch.float64)
-    for groups in preview.triangles.values():
-        for left, right, owner, scale in groups:
-            of = torch.nn.functional.one_hot(owner, count).double()
-            scaled = left * scale
-            products += of.T @ ((scaled.T @ scaled) * (right.T @ right)) @ of
+def _angles(products: torch.Tensor) -> tuple[list[float], list[list[float]]]:
+    """The norms of adapters and the cosines between them, from their inner products."""
     norms = products.diagonal().clamp_min(0).sqrt()
     size = norms[:, None] * norms
     cosines = torch.where(size > 0, (products / size).clamp(-1, 1), torch.zeros_like(size)).fill_diagonal_(1.0)

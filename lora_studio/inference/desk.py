@@ -3,13 +3,14 @@
     verb      arguments                                           last event
     check     path, [base], [config]                              result: card, problems, usable
     convert   path, target, [base]                                result: layers
-    preview   parts                                               result: norms, cosines, norm, losses, rank, layers
+    preview   parts                                               result: norms, sizes, cosines, acting, norm, losses, rank, layers
     blend     parts, [rank], target, [dtype], [files], [replace]  result: loss, rank, layers, bytes, parents
     bake      base, parts, [target], [dtype], [files]             result or done: bytes, changed, loss, worst, notes, parents
     extract   tuned, base, [rank], [loss], target                 done: loss, layers, ranks, left_out, bytes
     export    path, target, form, [base], [dtype], [name]         result: modules, layers, worst, bytes, by, lost, target
     resize    path, rank or loss, [per_layer] or size, target     result: loss, rank, ranks, clamped, left_out, bytes, parents
     merge     how, parts, [rank], target, [density], [seed], ...  result: loss, rank, layers, bytes, parents
+    judge     parts                                               result: what conflicts.judge says
     load      base, device, lock, [precision]                     result: what status says
     answer    like load, and messages, parts or sides,            done: sides (text, tokens, ended, active), seconds
               [seed, temperature, top_p, longest, template]
@@ -17,7 +18,7 @@
               [seed, steps, guidance, width, height, source]
     unload    [run, device, hold, reason]                         result: unloaded
 
-`parts` is a list of [path, weight] or [path, weight, name]. `sides` is {name: parts}: several answers to the same messages with the
+`parts` is a list of [path, weight] or [path, weight, name]; a weight is a number, or numbers by layer pattern (weights.py). `sides` is {name: parts}: several answers to the same messages with the
 same seed, spoken in turns, a piece each; no parts are the bare base. `messages` may be {side: messages} too: each its own conversation.
 """
 
@@ -31,9 +32,10 @@ import torch
 
 from lora_studio import bases, durable
 from lora_studio.errors import BenchError
-from lora_studio.inference import baking, exporting, reshaping, room
+from lora_studio.inference import baking, exporting, judging, reshaping, room
 from lora_studio.inference.blends import Part, Reader, other_base
 from lora_studio.inference.requests import argument, base_of, one_of
+from lora_studio.weights import Weight, acts, plus
 
 KEPT_ON_SHELF = 8
 
@@ -120,7 +122,7 @@ class Desk:
         parts = self._prepared(job, request, sides, "image")
         started, told, job.doing = time.perf_counter(), {}, "drawing"
         for side in sides:
-            weights = {id: weight for id, weight in self._hang(parts[side]).items() if weight}
+            weights = {id: weight for id, weight in self._hang(parts[side]).items() if acts(weight)}
 
             def step(number: int, side=side) -> None:
                 job.check()
@@ -145,15 +147,15 @@ class Desk:
                 job.send("note", sentence=sentence)
         return parts
 
-    def _hang(self, parts: list[Part]) -> dict[str, float]:
+    def _hang(self, parts: list[Part]) -> dict[str, Weight]:
         """Put what is missing on the shelf, and take off what was not used for long. Returns the weights."""
-        weights: dict[str, float] = {}
+        weights: dict[str, Weight] = {}
         for part in parts:
             if part.id not in self.shelved:
                 self.shelf.put(part.id, part.adapter.modules, label=part.name)
                 self.shelved[part.id] = None
             self.shelved.move_to_end(part.id)
-            weights[part.id] = weights.get(part.id, 0.0) + part.weight
+            weights[part.id] = plus(weights[part.id], part.weight, part.adapter.modules) if part.id in weights else part.weight
         return weights
 
     def _ready(self, job, request: dict) -> bool:
@@ -238,7 +240,7 @@ def _sides(request: dict) -> dict[str, list]:
     return sides
 
 
-def _active(parts: dict[str, list[Part]], weights: dict[str, float]) -> list[list]:
+def _active(parts: dict[str, list[Part]], weights: dict[str, Weight]) -> list[list]:
     """The adapters that were on, as [path, weight]."""
     paths = {part.id: str(part.path) for found in parts.values() for part in found}
     return [[paths[id], weight] for id, weight in weights.items()]
@@ -255,11 +257,12 @@ VERBS = {
     "convert": (_of_reader(Reader.convert), "path target base"),
     "preview": (_of_reader(Reader.preview), "parts"),
     "blend": (_of_reader(Reader.blend), "parts rank target dtype files replace"),
-    "bake": (_of_reader(baking.bake), "base parts target dtype files"),
+    "bake": (_of_reader(baking.bake), "base parts target dtype files merge"),
     "extract": (_of_reader(baking.extract), "tuned base rank loss target"),
     "export": (_of_reader(exporting.export), "path base target form dtype name"),
     "resize": (_of_reader(reshaping.resize), "path rank loss per_layer size target"),
     "merge": (_of_reader(reshaping.merge), "how parts rank density seed gamma epsilon space target"),
+    "judge": (_of_reader(judging.judge), "parts"),
     "load": (Desk.load, "base device lock precision"),
     "answer": (Desk.answer, ANSWER),
     "draw": (Desk.draw, "base device lock precision prompt target parts sides seed steps guidance width height source"),

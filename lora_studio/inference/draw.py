@@ -10,7 +10,7 @@ import torch
 
 from lora_studio import bases, families
 from lora_studio.errors import BenchError
-from lora_studio.inference.hooks import Hooks, is_number
+from lora_studio.inference.hooks import Hooks
 from lora_studio.pictures import decoding
 from lora_studio.pictures.picture import Picture, Skip
 from lora_studio.pictures.samples import save_sample
@@ -19,6 +19,7 @@ from lora_studio.training import latents, pipelines
 from lora_studio.training.image_families import FAMILIES, drawn
 from lora_studio.training.showing import Shown
 from lora_studio.training.text import choose_dtype
+from lora_studio.weights import Weight, is_number
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Easel(Hooks):
     def _layer(self, name: str) -> torch.nn.Module | None:
         return self.encoders.get(name) or super()._layer(name)
 
-    def draw(self, prompt: str, brush: Brush, target: Path, *, weights: dict[str, float], step: Callable[[int], None], source: Path | None = None) -> Path:
+    def draw(self, prompt: str, brush: Brush, target: Path, *, weights: dict[str, Weight], step: Callable[[int], None], source: Path | None = None) -> Path:
         """Draw a picture into the folder `target`, its settings inside the file. `step` is told each step's number and may raise to stop.
         An editing model makes it of the picture `source`. The same model, prompt, brush and weights give the same picture. Returns the
         file. Raises BenchError."""

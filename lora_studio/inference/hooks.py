@@ -1,4 +1,5 @@
 """Weighted adapters on the layers of a model: `W0·x + Σ w_t·s_t·B_t·(A_t·x)`, with other weights for every forward pass.
+A weight is a number, or numbers by layer pattern (weights.py).
 
 The adapters hang on the base's layers as hooks and are never merged into it. A hook computes in the dtype of its factors (fp32 or
 wider), adds to the layer's output and rounds once; with nothing active it returns the output untouched, so that a bare answer is the
@@ -14,9 +15,11 @@ import torch
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from lora_studio.blend import WEIGHT_LIMIT
-from lora_studio.errors import AdapterError, BlendError
+from lora_studio.errors import AdapterError
 from lora_studio.lowrank import LowRank
+from lora_studio.weights import Weight, acts, by_layer
+
+Active = tuple[tuple[str, float | dict[str, float]], ...]  # adapters that are on: a number, or one for each layer by its name
 
 
 class Hooks:
@@ -25,9 +28,14 @@ class Hooks:
     def __init__(self, model: torch.nn.Module, base: str, device: torch.device):
         self.id, self.device = base, device
         self.layers = dict(model.named_modules())
-        self.ids: set[str] = set()
-        self.active: tuple[tuple[str, float], ...] = ()
+        self.names: dict[str, tuple[str, ...]] = {}
+        self.active: Active = ()
         self._parts: dict[torch.nn.Module, dict[str, _Part]] = {}
+
+    @property
+    def ids(self) -> set[str]:
+        """The adapters that hang on the layers."""
+        return set(self.names)
 
     def put(self, id: str, modules: dict[str, LowRank], *, label: str = "The adapter") -> None:
         """Hang an adapter on the layers; it has no weight yet. Raises AdapterError, and then nothing was hung."""
@@ -41,7 +49,7 @@ class Hooks:
         for name, module in modules.items():
             self._check(label, name, module, places[name])
         self.take(id)
-        self.ids.add(id)
+        self.names[id] = tuple(modules)
         for name, module in modules.items():
             layer = places[name]
             if layer not in self._parts:
@@ -49,11 +57,11 @@ class Hooks:
                 layer.register_forward_hook(self._hook(self._parts[layer]))
             A = module.A.T if module.kind == "embedding" else module.A
             A, B = (tensor.to(self.device, module.dtype).contiguous() for tensor in (A, module.B))
-            self._parts[layer][id] = _Part(A, B, module.scale, module.kind)
+            self._parts[layer][id] = _Part(A, B, module.scale, module.kind, name)
 
     def take(self, id: str) -> None:
         """Take an adapter off the layers."""
-        self.ids.discard(id)
+        self.names.pop(id, None)
         for parts in self._parts.values():
             parts.pop(id, None)
 
@@ -87,23 +95,31 @@ class Hooks:
             update = None
             for id, weight in self.active:
                 part = parts.get(id)
-                if part is not None:
+                if part is not None and isinstance(weight, dict):
+                    weight = weight[part.name]
+                if part is not None and weight:
                     found = part.update(layer, given[0], weight)
                     update = found if update is None else update + found
             return None if update is None else (output + update).to(output.dtype)
 
         return add
 
-    @contextmanager
-    def using(self, weights: dict[str, float]) -> Iterator[None]:
-        """Give adapters their weights for a while. What is not named has none. Raises BlendError."""
-        for weight in weights.values():
-            if not is_number(weight) or not abs(weight) <= WEIGHT_LIMIT:
-                raise BlendError("blend.weight", weight=repr(weight)[:40], limit=f"{WEIGHT_LIMIT:,.0f}")
+    def resolve(self, weights: dict[str, Weight]) -> Active:
+        """What `on` takes: patterns looked up once, what has no weight left out. Raises BlendError."""
+        found = {id: by_layer(weight, self.names.get(id, ())) for id, weight in weights.items()}
         missing = set(weights) - self.ids
         if missing:
             raise KeyError(f"not on the shelf: {sorted(missing)}")
-        before, self.active = self.active, tuple((id, weight) for id, weight in weights.items() if weight)
+        return tuple((id, found[id] if isinstance(weight, dict) else weight) for id, weight in weights.items() if acts(weight))
+
+    def using(self, weights: dict[str, Weight]):
+        """Give adapters their weights for a while. What is not named has none. Raises BlendError."""
+        return self.on(self.resolve(weights))
+
+    @contextmanager
+    def on(self, active: Active) -> Iterator[None]:
+        """Give adapters the weights that were resolved, for a while."""
+        before, self.active = self.active, active
         try:
             yield
         finally:
@@ -112,12 +128,13 @@ class Hooks:
 
 @dataclass(frozen=True)
 class _Part:
-    """One adapter on one layer, on the device. An embedding's A is kept as a table, (vocabulary, r)."""
+    """One adapter on one layer, on the device. An embedding's A is kept as a table, (vocabulary, r); `name` is the adapter's for the layer."""
 
     A: torch.Tensor
     B: torch.Tensor
     scale: float
     kind: str
+    name: str
 
     def update(self, layer: torch.nn.Module, given: torch.Tensor, weight: float) -> torch.Tensor:
         """`weight · scale · B · A · x`; the factor goes to the narrowest place. A convolution's A steps as the layer does, its B is 1×1."""
@@ -126,8 +143,3 @@ class _Part:
             return functional.conv2d(functional.conv2d(given.to(self.A.dtype), self.A, **how) * (weight * self.scale), self.B)
         inner = functional.embedding(given, self.A) if self.kind == "embedding" else functional.linear(given.to(self.A.dtype), self.A)
         return functional.linear(inner * (weight * self.scale), self.B)
-
-
-def is_number(value) -> bool:
-    """Whether a value is a number; True and False are none."""
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -6,9 +6,11 @@ from pathlib import Path
 import torch
 
 from lora_studio import adapters, blend, merging, ranks
+from lora_studio.checkpoints.whole import Whole
 from lora_studio.errors import BenchError, BlendError
 from lora_studio.inference.blends import Part, one_thread, parents_of, put
 from lora_studio.inference.requests import argument
+from lora_studio.weights import Weight, in_words, of, times
 
 FACTORS = ("slerp", "subtract", "orthogonal", "knots")
 HOW = (*FACTORS, *merging.METHODS)
@@ -65,13 +67,7 @@ def _resized(meant: blend.Modules, request: dict, asked: str) -> blend.Modules:
 @one_thread()
 def merge(reader, job, request: dict) -> tuple[str, dict]:
     """Adapters put together in another way than the sum. What has full rank is approximated at `rank`; the loss is against the merge."""
-    how = request.get("how")
-    if how not in HOW:
-        raise BlendError("merge.method", method=str(how)[:40], known=", ".join(HOW))
-    settings = {name: request[name] for name in SETTINGS if request.get(name) is not None}
-    idle = next((name for name in settings if name not in OBEYS[how]), None)
-    if idle:
-        raise BlendError("merge.idle", name=idle, how=how)
+    how, settings = how_of(request)
     rank = request.get("rank")
     if rank is None and how not in FACTORS:
         raise BlendError("merge.rank", how=how)
@@ -89,22 +85,46 @@ def merge(reader, job, request: dict) -> tuple[str, dict]:
     return "result", {**told, **known}
 
 
-def _in_factors(how: str, found: list[blend.Modules], weights: list[float], settings: dict) -> blend.Modules:
+def how_of(request: dict) -> tuple[str, dict]:
+    """The way of a merge and what it obeys. Raises BlendError."""
+    how = request.get("how")
+    if how not in HOW:
+        raise BlendError("merge.method", method=str(how)[:40], known=", ".join(HOW))
+    settings = {name: request[name] for name in SETTINGS if request.get(name) is not None}
+    idle = next((name for name in settings if name not in OBEYS[how]), None)
+    if idle:
+        raise BlendError("merge.idle", name=idle, how=how)
+    return how, settings
+
+
+def merged(parts: list[Part], how: str, settings: dict) -> dict:
+    """The updates that adapters make together, by layer, uncompressed: as factors, or of full rank as baking takes them."""
+    found, weights = [part.adapter.modules for part in parts], [part.weight for part in parts]
+    if how in FACTORS:
+        return _in_factors(how, found, weights, settings)
+    return {name: Whole(one) for name, one in merging.entrywise(found, weights, merging.Recipe(how, **settings)).items()}
+
+
+def _in_factors(how: str, found: list[blend.Modules], weights: list[Weight], settings: dict) -> blend.Modules:
     """The ways whose result is an adapter without loss, in fp64. Raises BlendError."""
     found = [{name: module.cast(torch.float64) for name, module in modules.items()} for modules in found]
     if how == "subtract":
-        return blend.stack(found, [weights[0], *(-weight for weight in weights[1:])])
+        return blend.stack(found, [weights[0], *(times(weight, -1.0) for weight in weights[1:])])
     if how == "knots":
         return merging.knots(found, weights, **settings)
     if len(found) != 2:
         raise BlendError("merge.two", how=how, count=len(found))
     if how == "orthogonal":
         if weights[1] != 1.0:
-            raise BlendError("merge.other_weight", weight=weights[1])
+            raise BlendError("merge.other_weight", weight=in_words(weights[1]))
         return blend.stack([merging.orthogonal(*found, **settings)], weights[:1])
-    if min(weights) < 0 or not sum(weights):
-        raise BlendError("merge.slerp_weights", left=weights[0], right=weights[1])
-    return merging.slerp(*found, weights[1] / sum(weights))
+    places = {}
+    for name in dict.fromkeys(name for modules in found for name in modules):
+        left, right = (of(weight, name) for weight in weights)
+        if min(left, right) < 0 or not left + right:
+            raise BlendError("merge.slerp_weights", left=left, right=right)
+        places[name] = right / (left + right)
+    return merging.slerp(*found, places)
 
 
 def _approximated(job, parts: list[Part], recipe: merging.Recipe, rank: int) -> tuple[blend.Modules, dict]:

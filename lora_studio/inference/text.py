@@ -8,10 +8,11 @@ import torch
 
 from lora_studio import bases
 from lora_studio.errors import BenchError
-from lora_studio.inference.hooks import Hooks, is_number
+from lora_studio.inference.hooks import Active, Hooks
 from lora_studio.spec import Base
 from lora_studio.training import chat, encode
 from lora_studio.training import text as training
+from lora_studio.weights import Weight, acts, is_number
 
 # Tokens that end a turn in templates whose models do not always list them as ends.
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<turn|>", "<|end|>", "<|eot|>")
@@ -45,7 +46,7 @@ class Answer:
     `tokens` holds them all and `ended` says why it ended: end, longest, or context (no room left)."""
 
     pieces: Iterator[str]
-    active: dict[str, float]
+    active: dict[str, Weight]
     prompt_tokens: int
     tokens: list[int] = field(default_factory=list)
     ended: str = ""
@@ -69,32 +70,31 @@ class Shelf(Hooks):
 
     # ---- answers
 
-    def logits(self, ids: list[int], *, weights: dict[str, float]) -> torch.Tensor:
+    def logits(self, ids: list[int], *, weights: dict[str, Weight]) -> torch.Tensor:
         """The logits (tokens, vocabulary) of a row of token ids."""
         with self.using(weights), torch.inference_mode():
             return self.model(input_ids=torch.tensor([ids], device=self.device), use_cache=False).logits[0]
 
     def answer(
-        self, messages: list[dict] | str, *, weights: dict[str, float] | None = None, manner: Manner = Manner(), template: str = "auto"
+        self, messages: list[dict] | str, *, weights: dict[str, Weight] | None = None, manner: Manner = Manner(), template: str = "auto"
     ) -> Answer:
         """Speak: messages are a conversation, or a text to go on with. Stopping to iterate cancels it. The same shelf, messages, weights
         and manner give the same answer. Raises StudioError."""
-        weights = {id: float(weight) for id, weight in (weights or {}).items() if weight}
-        with self.using(weights):
-            pass  # only to check them before the first word
+        weights = {id: weight for id, weight in (weights or {}).items() if acts(weight)}
+        active = self.resolve(weights)
         prompt, ends = self.prompt(messages, template)
         room = (self._context() or len(prompt) + manner.longest) - len(prompt)
         if room < 1:
             raise BenchError("bench.too_long", tokens=len(prompt), room=self._context(), base=self.base.id)
         answer = Answer(iter(()), weights, len(prompt))
-        answer.pieces = self._speak(answer, prompt, ends, manner, room)
+        answer.pieces = self._speak(answer, prompt, active, ends, manner=manner, room=room)
         return answer
 
-    def _speak(self, answer: Answer, prompt: list[int], ends: set[int], manner: Manner, room: int) -> Iterator[str]:
+    def _speak(self, answer: Answer, prompt: list[int], active: Active, ends: set[int], *, manner: Manner, room: int) -> Iterator[str]:
         draw, cache, given, said, text = torch.Generator().manual_seed(manner.seed), None, prompt, 0, ""
         few = {"logits_to_keep": 1} if self._takes_few else {}
         for _ in range(min(manner.longest, room)):
-            with self.using(answer.active), torch.inference_mode():
+            with self.on(active), torch.inference_mode():
                 ids = torch.tensor([given], device=self.device)
                 found = self.model(input_ids=ids, past_key_values=cache, use_cache=True, **few)
                 token = choose(found.logits[0, -1], manner, draw)

@@ -10,6 +10,7 @@ from pydantic import Field, ValidationError, model_validator
 from lora_studio import problems
 from lora_studio.errors import Problem, SpecError
 from lora_studio.spec.idle import NO_EFFECT
+from lora_studio.spec.methods import Lora, Method
 from lora_studio.spec.tasks import ChatTask, ImageTask, Part, PromptCompletionTask, TextTask
 
 VERSION = 1
@@ -45,25 +46,6 @@ class Source(Part):
     """At most this many rows, taken from the top."""
     prior: bool = False
     """Class pictures (kohya's reg folder): others of the same class, so that it is not forgotten. An epoch shows as many as of the rest."""
-
-
-class Lora(Part):
-    """Low-rank adaptation: W0 + scale·B·A, with A (rank, in) and B (out, rank)."""
-
-    kind: Literal["lora"] = "lora"
-    """The kind of adapter."""
-    rank: Annotated[int, Field(ge=1, le=4096)] = 16
-    """The rank r of the update. Rank, alpha and rate belong together."""
-    alpha: Annotated[float, Field(gt=0)] = 32.0
-    """Strength: the update is scaled by alpha / rank."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the adapter's input that is dropped while training. Above 0 the fast path is off."""
-    targets: Literal["auto"] | list[str] = "auto"
-    """The layers that get an adapter, by the end of their name: [q_proj, v_proj]. auto takes all linear layers of the blocks."""
-    rslora: bool = False
-    """Rank-stabilised scale alpha / sqrt(rank), for high ranks."""
-    init: Literal["kaiming", "gaussian"] = "kaiming"
-    """How A starts. B starts at zero, so a fresh adapter changes nothing."""
 
 
 class Optim(Part):
@@ -173,7 +155,7 @@ class TrainSpec(Part):
     data: Annotated[list[Source], Field(min_length=1)]
     """Where the rows come from: one or several sources."""
     validation: Validation = Validation()
-    method: Lora = Lora()
+    method: Method = Lora()
     optim: Optim = Optim()
     schedule: Schedule = Schedule()
     compute: Compute = Compute()
@@ -181,10 +163,11 @@ class TrainSpec(Part):
 
     @model_validator(mode="before")
     @classmethod
-    def task_is_chat_unless_said(cls, tree):
-        """A task without a kind is a chat."""
-        if isinstance(tree, dict) and isinstance(tree.get("task"), dict) and "kind" not in tree["task"]:
-            return {**tree, "task": {"kind": "chat", **tree["task"]}}
+    def kinds_unless_said(cls, tree):
+        """A task without a kind is a chat, a method without one LoRA."""
+        for name, kind in (("task", "chat"), ("method", "lora")):
+            if isinstance(tree, dict) and isinstance(tree.get(name), dict) and "kind" not in tree[name]:
+                tree = {**tree, name: {"kind": kind, **tree[name]}}
         return tree
 
     @model_validator(mode="after")
@@ -213,4 +196,6 @@ def to_tree(spec: TrainSpec, *, sparse: bool = False) -> dict:
         return full
     slim = spec.model_dump(mode="json", exclude_defaults=True)
     slim.setdefault("task", {})["kind"] = full["task"]["kind"]
+    if full["method"]["kind"] != "lora":
+        slim.setdefault("method", {})["kind"] = full["method"]["kind"]
     return {"version": full["version"], "name": full["name"], "base": {"id": full["base"]["id"]}, **slim}

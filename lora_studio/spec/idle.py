@@ -1,5 +1,6 @@
 """Settings that would do nothing where they are: a spec refuses them, each with a sentence."""
 
+from lora_studio.spec.methods import WITH_B
 from lora_studio.spec.tasks import Part
 
 # Settings outside of task that only one kind of model has a use for. A form hides them from the other.
@@ -7,9 +8,12 @@ OF_LANGUAGE = ("compute.packing", "output.sample_tokens")
 OF_PICTURES = ("compute.quantize", "compute.encoders", "compute.block_swap", "compute.compile")
 
 
-def foreign(kind: str) -> tuple[str, ...]:
-    """The settings outside of task that do nothing for a kind of task."""
-    return OF_LANGUAGE if kind == "image" else OF_PICTURES
+OF_B = ("optim.lora_plus_ratio",)
+
+
+def foreign(kind: str, method: str = "lora") -> tuple[str, ...]:
+    """The settings outside of task and method that do nothing for a kind of these."""
+    return (OF_LANGUAGE if kind == "image" else OF_PICTURES) + (() if method in WITH_B else OF_B)
 
 
 def changed(part: Part, field: str) -> bool:
@@ -130,6 +134,51 @@ NO_EFFECT = [
         "task.bucket_step",
         lambda spec: spec.task.kind == "image" and changed(spec.task, "bucket_step") and not spec.task.buckets,
         "task.bucket_step has no effect without task.buckets. Set task.buckets, or remove it.",
+    ),
+    (
+        "optim.lora_plus_ratio",
+        lambda spec: spec.optim.lora_plus_ratio is not None and spec.method.kind not in WITH_B,
+        "optim.lora_plus_ratio has no effect on this method, which has no B to learn faster. Remove it, or choose lora.",
+    ),
+    (
+        "optim.lora_plus_ratio",
+        lambda spec: spec.optim.lora_plus_ratio is not None and getattr(spec.method, "freeze_a", False),
+        "optim.lora_plus_ratio has no effect beside method.freeze_a: there is no A to learn slower. Remove one of them.",
+    ),
+    (
+        "method.init",
+        lambda spec: getattr(spec.method, "init", "") == "orthogonal" and spec.method.rank % 2 == 1,
+        "method.init orthogonal needs an even method.rank. Change one of them.",
+    ),
+    (
+        "method.init",
+        lambda spec: getattr(spec.method, "init", "") in ("pissa", "olora") and spec.method.dora,
+        "method.init pissa and olora do not go with method.dora: their file could not be made for the untouched base. Keep one of them.",
+    ),
+    (
+        "method.init",
+        lambda spec: getattr(spec.method, "init", "") in ("pissa", "olora", "orthogonal") and spec.method.freeze_a,
+        "method.init pissa, olora and orthogonal do not go with method.freeze_a. Keep one of them.",
+    ),
+    (
+        "method.start",
+        lambda spec: getattr(spec.method, "start", None) is not None and (spec.method.init != "kaiming" or spec.method.dora),
+        "method.start does not go with another method.init or with method.dora: the adapter there is says how it starts. Keep one of them.",
+    ),
+    (
+        "method.rank",
+        lambda spec: spec.method.kind == "adalora" and spec.method.rank > spec.method.first_rank,
+        "method.rank is above method.first_rank, so there is nothing to take away. Lower it, or raise first_rank.",
+    ),
+    (
+        "method.begin",
+        lambda spec: spec.method.kind == "adalora" and spec.method.begin + spec.method.settle >= 1,
+        "method.begin and method.settle leave no part of the run in which rank is taken away. Lower one of them.",
+    ),
+    (
+        "method.rank_step",
+        lambda spec: spec.method.kind == "dylora" and spec.method.rank_step >= spec.method.rank,
+        "method.rank_step leaves a single rank to train. Lower it, or choose lora.",
     ),
     (
         "schedule.epochs",

@@ -2,6 +2,7 @@
 
     checkpoints/step-000040/  adapter.safetensors    the trainable parameters, by name
                               optimizer.safetensors  the optimizer's tensors, by `parameter number/name`
+                              method.safetensors     what the kind of adapter keeps besides, where it does
                               state.json             step, best, settings and fingerprints
                               manifest.json          sizes and hashes of the others, written last
 """
@@ -18,6 +19,7 @@ from lora_studio import durable
 from lora_studio.errors import TrainingError
 
 NAME = re.compile(r"step-(\d{6,})")
+METHOD = "method.safetensors"
 # What may differ between a checkpoint and the run that goes on from it.
 FREE = ("name", "output", "version")
 
@@ -37,8 +39,9 @@ class State:
     prints: dict = field(default_factory=dict)
 
 
-def write(folder: Path, parameters: dict[str, torch.Tensor], optimizer, state: State) -> Path:
-    """Write the checkpoint of `state.step` into the folder of checkpoints. It is whole and on disk when this returns."""
+def write(folder: Path, parameters: dict[str, torch.Tensor], optimizer, state: State, more: dict[str, torch.Tensor] | None = None) -> Path:
+    """Write the checkpoint of `state.step` into the folder of checkpoints, with what the method keeps besides. It is whole and on disk when
+    this returns."""
     tensors, plain = _flatten(optimizer.state_dict()["state"])
     target = folder / f"step-{state.step:06d}"
     durable.publish_folder(
@@ -47,6 +50,7 @@ def write(folder: Path, parameters: dict[str, torch.Tensor], optimizer, state: S
             "adapter.safetensors": _bytes(parameters),
             "optimizer.safetensors": _bytes(tensors),
             "state.json": json.dumps({"run": asdict(state), "optimizer": plain}, sort_keys=True).encode(),
+            **({METHOD: _bytes(more)} if more else {}),
         },
     )
     return target
@@ -110,6 +114,11 @@ def read_state(path: Path) -> State:
 def read_parameters(path: Path) -> dict[str, torch.Tensor]:
     """The trainable parameters of a checkpoint by name."""
     return load((path / "adapter.safetensors").read_bytes())
+
+
+def read_method(path: Path) -> dict[str, torch.Tensor]:
+    """What the method of a checkpoint kept besides."""
+    return load((path / METHOD).read_bytes()) if (path / METHOD).is_file() else {}
 
 
 def restore(path: Path, parameters: dict[str, torch.Tensor], optimizer) -> State:

@@ -9,7 +9,7 @@ import torch
 from lora_studio import durable, library, runs
 from lora_studio.errors import TrainingError
 from lora_studio.spec import to_tree
-from lora_studio.training import checkpoint, loop
+from lora_studio.training import checkpoint, loop, starts
 from lora_studio.training.methods import METHODS
 from lora_studio.workspace import Workspace
 
@@ -39,7 +39,7 @@ def train(folder: Path, desk: loop.Desk) -> None:
     model = task.load()
     method = METHODS[spec.method.kind]
     targets = task.parts(model)
-    model = method.attach(model, spec, targets)
+    model = method.attach(model, starts.placed(spec, Workspace(folder.parent.parent)), targets)
     fast = task.prepare(model)
     trainer = loop.Trainer(task, method, model, spec, desk, folder / "checkpoints", world=world)
     trainer.at = replace(trainer.at, settings=to_tree(spec), prints=dict(task.prints))
@@ -94,6 +94,7 @@ def _go_on(trainer: loop.Trainer, folder: Path, note) -> None:
         return
     checkpoint.check_same(checkpoint.read_state(path), trainer.at.settings, trainer.at.prints)
     trainer.at = checkpoint.restore(path, trainer.parameters, trainer.optimizer)
+    trainer.method.restore(trainer.model, checkpoint.read_method(path))
     best = f"; best validation loss {trainer.at.best_loss:.4f} at step {trainer.at.best_step}" if trainer.at.best_loss is not None else ""
     words = f"Restored step {trainer.at.step} of {trainer.steps}: adapter, optimizer, rates, the order of the rows{best}."
     for step in checkpoint.steps(folder / "checkpoints"):
@@ -110,6 +111,7 @@ def _conclude(folder: Path, desk: loop.Desk, trainer: loop.Trainer, outcome: loo
         bad = [name for name, value in trainer.parameters.items() if not bool(torch.isfinite(value).all())]
         if bad:
             raise TrainingError("training.not_finite", what=bad[0], value="nan", step=at.step, good=at.step - 1, lr=trainer.spec.optim.lr)
+        _judge_ranks(desk, trainer)
         files = {**trainer.method.finish(trainer.model, trainer.spec), **trainer.task.extras()}
         durable.publish_folder(folder / "adapter", files)
         what = f"adapter of step {at.best_step}, the best one" if outcome.best else "adapter"
@@ -122,6 +124,17 @@ def _conclude(folder: Path, desk: loop.Desk, trainer: loop.Trainer, outcome: loo
         kept = "saved" if outcome.saved else "nothing new was saved"
         desk.emit("stopped", **last, saved=outcome.saved, reason=f"Stopped on request at step {at.step}; {kept}.")
     desk.answered("stop")
+
+
+def _judge_ranks(desk: loop.Desk, trainer: loop.Trainer) -> None:
+    """Tell the ranks that are left in each layer, and the validation loss at every rank that the adapter also works at."""
+    told = dict(trainer.method.facts(trainer.model))
+    ranks = trainer.method.ranks(trainer.model) if trainer.task.held_out else ()
+    for rank in ranks:
+        with trainer.method.at_rank(trainer.model, rank):
+            told.setdefault("losses", {})[str(rank)] = trainer.evaluate()
+    if told:
+        desk.emit("ranks", step=trainer.at.step, **told)
 
 
 def _shelve(folder: Path, trainer: loop.Trainer, outcome: loop.Outcome) -> str:

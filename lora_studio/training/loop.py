@@ -141,7 +141,11 @@ class Trainer:
         rates = optim.set_rates(self.optimizer, factor)
         loss, size = self._gradients(batches, step)
         if loss is None:
+            self.method.abandon(self.model, step, self.steps)
             return self._stop()
+        penalty = self.method.penalty(self.model, self.spec)
+        if penalty is not None:
+            penalty.backward()
         norm = self._clip()
         self._guard(step, loss=loss, gradient=norm)
         self.optimizer.step()
@@ -235,18 +239,12 @@ class Trainer:
     def _is_patience_over(self) -> bool:
         return self.spec.validation.patience is not None and self.at.waited >= self.spec.validation.patience
 
-    @torch.no_grad()
     def evaluate(self) -> float:
         """The mean loss per unit over the held-out rows. Touches neither weights nor the draws of training."""
         self.model.eval()
-        size, total, units = self.spec.schedule.batch_size, 0.0, 0.0
-        for number, start in enumerate(range(0, self.task.held_out, size)):
-            batch = self.task.collate_held_out(list(range(start, min(start + size, self.task.held_out))))
-            torch.manual_seed(key(self.spec.compute.seed, "validation", number))
-            total += self.task.loss(self.model, batch).item()
-            units += self.task.units(batch)
+        loss = evaluate(self.task, self.model, batch_size=self.spec.schedule.batch_size, seed=self.spec.compute.seed)
         self.model.train()
-        return total / units
+        return loss
 
     def _keep(self, best: bool) -> None:
         """Write the samples and the checkpoint that are due, or were asked for. The checkpoint comes last: what a run
@@ -268,7 +266,7 @@ class Trainer:
         if bad:
             self._guard(self.at.step - 1, **{f"weight {bad[0]}": math.nan})
         self.desk.flush()
-        checkpoint.write(self.folder, self.parameters, self.optimizer, self.at)
+        checkpoint.write(self.folder, self.parameters, self.optimizer, self.at, self.method.state(self.model))
         checkpoint.prune(self.folder, keep=self.spec.output.keep, best=self.at.best_step or None)
         self.desk.emit("saved", step=self.at.step, what="checkpoint")
 
@@ -314,6 +312,19 @@ class Trainer:
         else:
             shorter = f"lower task.max_length (now {self.spec.task.max_length})"
         return ", or ".join(part for part in (smaller, other, shorter) if part) + "."
+
+
+@torch.no_grad()
+def evaluate(task: Task, model: torch.nn.Module, *, batch_size: int, seed: int, look=lambda: None) -> float:
+    """The mean loss per unit over a task's held-out rows; the same every time. `look` is called before each batch and may raise to stop."""
+    total, units = 0.0, 0.0
+    for number, start in enumerate(range(0, task.held_out, batch_size)):
+        look()
+        batch = task.collate_held_out(list(range(start, min(start + batch_size, task.held_out))))
+        torch.manual_seed(key(seed, "validation", number))
+        total += task.loss(model, batch).item()
+        units += task.units(batch)
+    return total / units
 
 
 def _device_of(model: torch.nn.Module) -> str:

@@ -11,52 +11,106 @@ import peft
 import torch
 from safetensors.torch import save
 
-from lora_studio.adapters import pipeline_files
+from lora_studio import adapters
+from lora_studio.adapters import natives, pipeline_files
+from lora_studio.adapters.files import reheaded
 from lora_studio.errors import BaseModelError
 from lora_studio.spec import TrainSpec
-from lora_studio.training import optim, order, text_encoders
+from lora_studio.training import adalora, dylora, optim, order, residual, starts, text_encoders
 
 ADAPTER = "default"
 
 
-def _nothing(model, step: int, steps: int) -> None:
-    """What most methods do before and after a step."""
+def _nothing(*given) -> None:
+    """What most methods do around a step."""
+
+
+def _no_tensors(model) -> dict[str, torch.Tensor]:
+    """What most methods keep beside parameters and optimizer."""
+    return {}
 
 
 @dataclass(frozen=True)
 class Method:
     """`attach(model, spec, targets)` returns the model with a fresh adapter that changes nothing yet; `groups(model, spec)`
-    the parameter groups; `before_step` and `after_step(model, step, steps)` stand around each optimizer step;
-    `finish(model, spec)` gives the files of the finished adapter as {name: bytes}."""
+    the parameter groups; `before_step` and `after_step(model, step, steps)` stand around each optimizer step, the gradients being there
+    in both the second and `penalty(model, spec)`, which is added to the loss or None, and `abandon` in place of the second where the step
+    was broken off; `state(model)` and `restore(model, tensors)` are
+    what a checkpoint keeps besides; `finish(model, spec)` gives the files of the finished adapter as {name: bytes}; `facts(model)` is told
+    of the finished adapter; `ranks(model)` are the ranks it also works at, and `at_rank(model, rank)` a context in which it does."""
 
     attach: Callable
     groups: Callable
     finish: Callable
     before_step: Callable = _nothing
     after_step: Callable = _nothing
+    abandon: Callable = _nothing
+    penalty: Callable = _nothing
+    state: Callable = _no_tensors
+    restore: Callable = _nothing
+    facts: Callable = _no_tensors
+    ranks: Callable = lambda model: ()
+    at_rank: Callable = _nothing
 
 
-def attach_lora(model: torch.nn.Module, spec: TrainSpec, targets: list[str]) -> torch.nn.Module:
-    """Put LoRA on the layers whose names end with `targets`, and on those of the text encoders that are trained too. A is
-    Kaiming-uniform or Gaussian, B is zero."""
+# ---- attaching
+
+
+def _lora(method, common: dict) -> peft.LoraConfig:
+    names = {"kaiming": True}
+    init = names.get(method.init, method.init)
+    return peft.LoraConfig(r=method.rank, lora_alpha=method.alpha, lora_dropout=method.dropout, use_rslora=method.rslora, use_dora=method.dora, init_lora_weights=init, **common)
+
+
+def _dylora(method, common: dict) -> peft.LoraConfig:
+    return peft.LoraConfig(r=method.rank, lora_alpha=method.alpha, **common)
+
+
+def _adalora(method, common: dict) -> peft.AdaLoraConfig:
+    # The budget is followed by adalora.py; PEFT only wants to know of some length.
+    return peft.AdaLoraConfig(
+        init_r=method.first_rank, target_r=method.rank, r=method.first_rank, lora_alpha=method.alpha, lora_dropout=method.dropout, total_step=1 << 40, **common
+    )
+
+
+def _vera(method, common: dict) -> peft.VeraConfig:
+    return peft.VeraConfig(r=method.rank, d_initial=method.d_initial, vera_dropout=method.dropout, save_projection=True, **common)
+
+
+def _loha(method, common: dict) -> peft.LoHaConfig:
+    return peft.LoHaConfig(r=method.rank, alpha=method.alpha, **common)
+
+
+def _lokr(method, common: dict) -> peft.LoKrConfig:
+    return peft.LoKrConfig(r=method.rank, alpha=method.alpha, decompose_factor=method.factor, **common)
+
+
+def _miss(method, common: dict) -> peft.MissConfig:
+    return peft.MissConfig(r=method.rank, miss_dropout=method.dropout, **common)
+
+
+CONFIGS = {"lora": _lora, "dylora": _dylora, "adalora": _adalora, "vera": _vera, "loha": _loha, "lokr": _lokr, "miss": _miss}
+
+
+def attach_peft(model: torch.nn.Module, spec: TrainSpec, targets: list[str]) -> torch.nn.Module:
+    """Put adapters on the layers whose names end with `targets`, and on those of the text encoders that are trained too. Fresh ones change
+    nothing; one to go on from is as it was."""
     main, encoders = text_encoders.split(model)
     wrapped = _attach(main, spec, targets, "init")
-    if not encoders:
-        return wrapped
-    return text_encoders.Parts(wrapped, {name: _attach(one, spec, text_encoders.targets_in(one), "init", name) for name, one in encoders.items()})
+    if encoders:
+        wrapped = text_encoders.Parts(wrapped, {name: _attach(one, spec, text_encoders.targets_in(one), "init", name) for name, one in encoders.items()})
+    if getattr(spec.method, "start", None):
+        starts.put(wrapped, spec)
+    if getattr(spec.method, "freeze_a", False):
+        for name, parameter in wrapped.named_parameters():
+            if optim.role(name) == "A":
+                parameter.requires_grad_(False)
+    return wrapped
 
 
 def _attach(model: torch.nn.Module, spec: TrainSpec, targets: list[str], *seed: str) -> peft.PeftModel:
-    method = spec.method
-    config = peft.LoraConfig(
-        r=method.rank,
-        lora_alpha=method.alpha,
-        lora_dropout=method.dropout,
-        target_modules=list(targets),
-        use_rslora=method.rslora,
-        init_lora_weights=True if method.init == "kaiming" else "gaussian",
-        task_type=None if spec.task.kind == "image" else "CAUSAL_LM",
-    )
+    common = {"target_modules": list(targets), "task_type": None if spec.task.kind == "image" else "CAUSAL_LM"}
+    config = CONFIGS[spec.method.kind](spec.method, common)
     torch.manual_seed(order.key(spec.compute.seed, *seed))
     try:
         wrapped = peft.get_peft_model(model, config, adapter_name=ADAPTER)
@@ -75,22 +129,37 @@ def group_parameters(model: torch.nn.Module, spec: TrainSpec) -> list[dict]:
     return optim.groups(model.named_parameters(), spec.optim)
 
 
+# ---- finishing
+
+
 def finish_peft(model: torch.nn.Module, spec: TrainSpec) -> dict[str, bytes]:
     """The files of a PEFT folder: the adapter in fp32 safetensors, and its configuration with sorted keys. Layers of a text encoder are
     in the same file, behind the encoder's name; the configuration is one, because rank and strength are."""
-    model, encoders = text_encoders.split(model)
-    tensors = _state(model)
-    config = model.peft_config[ADAPTER].to_dict()
+    main, encoders = text_encoders.split(model)
+    tensors = _state(main)
+    config = main.peft_config[ADAPTER].to_dict()
     config["inference_mode"] = True
     if spec.task.kind == "image":
-        config["auto_mapping"] = pipeline_files.made_for(model.get_base_model())
+        config["auto_mapping"] = pipeline_files.made_for(main.get_base_model())
     for name, encoder in encoders.items():
         tensors |= {pipeline_files.with_part(key, name): value for key, value in _state(encoder).items()}
         config["target_modules"] = {*config["target_modules"], *encoder.peft_config[ADAPTER].target_modules}
-    return {
-        "adapter_model.safetensors": save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"format": "pt"}),
-        "adapter_config.json": (json.dumps(config, indent=2, sort_keys=True, default=_plain) + "\n").encode(),
+    if residual.is_one(spec):
+        tensors, config = residual.for_the_untouched_base(model, tensors, config)
+    if spec.method.kind == "adalora":
+        tensors, config = adalora.as_lora(tensors, config)
+    more = _widths(main) if spec.method.kind in ("vera", "miss") else {dylora.NESTED: "true"} if spec.method.kind == "dylora" else {}
+    files = {
+        adapters.WEIGHTS: reheaded(save({name: tensor.contiguous() for name, tensor in tensors.items()}), metadata=more),
+        adapters.CONFIG: (json.dumps(config, indent=2, sort_keys=True, default=_plain) + "\n").encode(),
     }
+    return _as_plain(files) if spec.task.kind == "image" and spec.method.kind in natives.METHODS.values() else files
+
+
+def _as_plain(files: dict[str, bytes]) -> dict[str, bytes]:
+    """The same update as plain LoRA: the loaders of image models know no other of PEFT's kinds."""
+    found = adapters.read(files)
+    return adapters.write(adapters.with_modules(found.card, found.modules))
 
 
 def _state(model: peft.PeftModel) -> dict[str, torch.Tensor]:
@@ -98,9 +167,42 @@ def _state(model: peft.PeftModel) -> dict[str, torch.Tensor]:
     return peft.get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
 
 
+def _widths(model: peft.PeftModel) -> dict[str, str]:
+    """How many inputs each adapted layer has; the tensors do not say."""
+    base = model.get_base_model()
+    layers = {name: layer.get_base_layer().in_features for name, layer in base.named_modules() if isinstance(layer, peft.tuners.tuners_utils.BaseTunerLayer)}
+    return {natives.WIDTHS: json.dumps(layers, sort_keys=True)}
+
+
 def _plain(value):
     """Sets in a fixed order, enums by value: the same adapter gives the same bytes."""
     return sorted(value) if isinstance(value, set) else getattr(value, "value", str(value))
 
 
-METHODS = {"lora": Method(attach_lora, group_parameters, finish_peft)}
+def _attach_lora(model: torch.nn.Module, spec: TrainSpec, targets: list[str]) -> torch.nn.Module:
+    wrapped = attach_peft(model, spec, targets)
+    if residual.is_one(spec):
+        residual.remember(wrapped)
+    return wrapped
+
+
+def _attach_adalora(model: torch.nn.Module, spec: TrainSpec, targets: list[str]) -> torch.nn.Module:
+    return adalora.follow(attach_peft(model, spec, targets), spec)
+
+
+def _attach_dylora(model: torch.nn.Module, spec: TrainSpec, targets: list[str]) -> torch.nn.Module:
+    return dylora.follow(attach_peft(model, spec, targets), spec)
+
+
+PLAIN = {"groups": group_parameters, "finish": finish_peft}
+METHODS = {
+    "lora": Method(_attach_lora, **PLAIN),
+    "dylora": Method(_attach_dylora, **PLAIN, before_step=dylora.narrow, after_step=dylora.widen, abandon=dylora.widen, ranks=dylora.ranks, at_rank=dylora.at_rank),
+    "adalora": Method(
+        _attach_adalora, **PLAIN, after_step=adalora.allocate, penalty=adalora.penalty, state=adalora.state, restore=adalora.restore, facts=adalora.facts
+    ),
+    "vera": Method(attach_peft, **PLAIN),
+    "loha": Method(attach_peft, **PLAIN),
+    "lokr": Method(attach_peft, **PLAIN),
+    "miss": Method(attach_peft, **PLAIN),
+}

@@ -15,11 +15,13 @@ ROLES = (
     ("B", re.compile(r"\.lora_B\b")),
     ("magnitude", re.compile(r"\.lora_magnitude_vector\b")),
     ("A", re.compile(r"\.lora_A\b")),
+    ("vector", re.compile(r"\.(lora_E|vera_lambda_[bd])\b")),
+    ("factor", re.compile(r"\.(hada_\w+|lokr_\w+|miss_block)\b")),
 )
 
 
 def role(name: str) -> str:
-    """A, B, embedding, magnitude, or other (heads, biases, what is saved beside the adapter)."""
+    """A, B, embedding, magnitude, vector (AdaLoRA's and VeRA's), factor (of other products), or other (heads, biases, what is saved beside the adapter)."""
     return next((found for found, pattern in ROLES if pattern.search(name)), "other")
 
 
@@ -40,7 +42,7 @@ def groups(parameters, optim: Optim) -> list[dict]:
         if not parameter.requires_grad:
             continue
         part = role(name)
-        decay = 0.0 if parameter.ndim < 2 or part == "magnitude" else optim.weight_decay
+        decay = 0.0 if parameter.ndim < 2 or part in ("magnitude", "vector") else optim.weight_decay
         base = optim.text_encoder_lr or optim.lr if is_text_encoder(name) else optim.lr
         rate = base * ratio if part == "B" else base
         part = f"text_{part}" if is_text_encoder(name) else part

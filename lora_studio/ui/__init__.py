@@ -16,7 +16,7 @@ from starlette.background import BackgroundTask
 from starlette.middleware import Middleware
 from starlette.responses import FileResponse, PlainTextResponse, Response
 
-from lora_studio import albums, shelf, studio
+from lora_studio import albums, exports, shelf, studio
 from lora_studio.errors import StudioError
 from lora_studio.ui import guard, theme
 from lora_studio.ui.blend import Blend
@@ -128,6 +128,7 @@ def serve(*, host: str = "127.0.0.1", port: int = 7860, block: bool = True):
     app.add_api_route("/studio/sample/{id}/{name}", lambda id, name: _picture(lambda: studio.sample(workspace, id, name)), methods=["GET"])
     app.add_api_route("/studio/picture/{name}", lambda name: _picture(lambda: studio.picture(workspace, name)), methods=["GET"])
     app.add_api_route("/studio/album/{album}/{name:path}", lambda album, name, size="small": _picture(lambda: albums.thumbnail(workspace, album, name, size), "image/jpeg"), methods=["GET"])
+    app.add_api_route("/studio/export/{token}/{name}", lambda token, name: _exported(workspace, token, name), methods=["GET"])
     if block:
         pages.block_thread()
     return pages
@@ -142,6 +143,14 @@ def _download(pack) -> Response:
         shutil.rmtree(place, ignore_errors=True)
         return PlainTextResponse(str(error), status_code=404)
     return FileResponse(archive, filename=archive.name, media_type="application/zip", background=BackgroundTask(shutil.rmtree, place, True))
+
+
+def _exported(workspace: Workspace, token: str, name: str) -> Response:
+    """An exported file; one that is not there (any more) is not found."""
+    try:
+        return FileResponse(exports.file(workspace, token, name), filename=name, media_type="application/octet-stream")
+    except StudioError as error:
+        return PlainTextResponse(str(error), status_code=404)
 
 
 def _picture(find, kind: str = "image/png") -> Response:

@@ -8,11 +8,12 @@ import yaml
 
 from lora_studio import families, settings
 from lora_studio.settings import Leaf
-from lora_studio.spec.idle import OF_LANGUAGE, OF_PICTURES, foreign
+from lora_studio.spec import methods
+from lora_studio.spec.idle import OF_B, OF_LANGUAGE, OF_PICTURES, foreign
 
 # What a newcomer needs stands in front; all else is behind "Advanced", by group.
 BASIC = (
-    "name", "base.id", "task.kind", "method.rank", "method.alpha", "optim.lr", "optim.lora_plus_ratio", "schedule.epochs",
+    "name", "base.id", "task.kind", "method.kind", "method.rank", "method.alpha", "optim.lr", "optim.lora_plus_ratio", "schedule.epochs",
     "schedule.steps", "schedule.batch_size", "output.sample_prompts",
 )  # fmt: skip
 GROUPS = {
@@ -28,7 +29,7 @@ GROUPS = {
 }
 LABELS = {
     "base.id": "Base model", "task.kind": "Rows are", "optim.lr": "Learning rate", "optim.lora_plus_ratio": "LoRA+ ratio",
-    "method.alpha": "Alpha", "output.sample_prompts": "Sample prompts (one a line)", "method.rslora": "Rank-stabilised (rsLoRA)",
+    "method.alpha": "Alpha", "method.kind": "Kind of adapter", "method.dora": "DoRA", "method.start": "Go on from", "output.sample_prompts": "Sample prompts (one a line)", "method.rslora": "Rank-stabilised (rsLoRA)",
     "data": "Sources as YAML",
 }  # fmt: skip
 
@@ -49,7 +50,7 @@ def widget(path: str) -> gr.components.Component:
     """The widget of a setting, holding its default."""
     found = leaf(path)
     common = {"label": label(found), "info": found.help, "interactive": True, "elem_id": "field-" + path.replace(".", "-")}
-    common["visible"] = fits(found, leaf("task.kind").default)
+    common["visible"] = fits(found, leaf("task.kind").default, leaf("method.kind").default)
     value = show(found, found.default)
     if path == "base.id":
         return gr.Dropdown(families.known_bases(), value=value, allow_custom_value=True, **common)
@@ -65,15 +66,22 @@ def widget(path: str) -> gr.components.Component:
     return gr.Textbox(value, placeholder=hint, max_lines=1, **common)
 
 
-def fits(found: Leaf, kind: str) -> bool:
-    """Whether a setting is one of a kind of task; settings of other groups are, but for a few."""
-    return found.path not in foreign(kind) and (found.group != "task" or not found.kinds or kind in found.kinds)
+def fits(found: Leaf, kind: str, method: str) -> bool:
+    """Whether a setting is one of a kind of task and of a kind of adapter; settings of other groups are, but for a few."""
+    own = {"task": kind, "method": method}.get(found.group)
+    return found.path not in foreign(kind, method) and (own is None or not found.kinds or own in found.kinds)
 
 
-def adapt(form: Form, kind: str) -> dict:
-    """Updates that show the settings of a kind of task and hide those of the others."""
-    told = {path for path in form if leaf(path).kinds and leaf(path).group == "task"} | set(OF_LANGUAGE + OF_PICTURES)
-    return {component: gr.update(visible=fits(leaf(path), kind)) for path, component in form.items() if path in told}
+def adapt(form: Form, kind: str, method: str) -> dict:
+    """Updates that show the settings of a kind of task and of adapter, and hide those of the others."""
+    told = {path for path in form if leaf(path).kinds and leaf(path).group in ("task", "method")} | set(OF_LANGUAGE + OF_PICTURES + OF_B)
+    return {component: gr.update(visible=fits(leaf(path), kind, method)) for path, component in form.items() if path in told}
+
+
+def start_afresh(form: Form, kind: str) -> dict:
+    """Updates that put the settings of a kind of adapter where they are when nothing is said; the layers that were named stay."""
+    values = methods.defaults(kind)
+    return fill(form, values, only=[path for path in values if path not in ("method.kind", "method.targets")])
 
 
 def show(found: Leaf, value):

@@ -6,7 +6,8 @@ import gradio as gr
 
 from lora_studio import library, shelf
 from lora_studio.errors import StudioError
-from lora_studio.ui import theme
+from lora_studio.ui import theme, tree
+from lora_studio.ui.export import Export
 from lora_studio.workspace import Workspace
 
 QUIET = {"show_progress": "hidden", "api_visibility": "private"}
@@ -35,26 +36,23 @@ element.addEventListener('click', event => { const card = event.target.closest('
   const url = new URL(location); url.searchParams.set('adapter', card.dataset.id); history.replaceState(null, '', url);
   trigger('pick', {id: card.dataset.id}); });
 """
-FACTS = """<dl class="facts">{{#each value.rows}}<dt>{{label}}</dt><dd>{{value}}</dd>{{/each}}
-{{#each value.links}}<dt>{{label}}</dt><dd>{{#each to}}<button type="button" data-kind="{{kind}}" data-id="{{id}}"{{#unless present}} disabled{{/unless}}>{{name}}</button> {{/each}}</dd>{{/each}}</dl>"""
+FACTS = """<dl class="facts">{{#each value.rows}}<dt>{{label}}</dt><dd>{{value}}</dd>{{/each}}{{#if value.run}}<dt>run</dt><dd><button type="button" data-id="{{value.run}}">{{value.run}}</button></dd>{{/if}}</dl>"""
 FACTS_CSS = """
 .facts{display:grid;grid-template-columns:max-content 1fr;gap:3px 14px;margin:0;font-size:13px}
 .facts dt{color:var(--body-text-color-subdued);font-weight:400;margin:0}.facts dd{margin:0;color:var(--body-text-color);overflow-wrap:anywhere;min-width:0}
 .facts button{font:inherit;font-size:13px;padding:0;border:none;background:none;color:var(--color-accent);cursor:pointer;text-decoration:underline}
-.facts button:disabled{color:var(--body-text-color-subdued);text-decoration:none;cursor:default}
 """
 FACTS_SCRIPT = """
 element.addEventListener('click', event => { const link = event.target.closest('button[data-id]'); if(!link) return;
-  trigger(link.dataset.kind === 'run' ? 'run' : 'pick', {id: link.dataset.id}); });
+  trigger('run', {id: link.dataset.id}); });
 """
-LINKS = {"parents": "made of", "children": "went into", "run": "run"}
 
 
 class Library:
     """The page's parts, and what they do."""
 
     def __init__(self, workspace: Workspace):
-        self.workspace = workspace
+        self.workspace, self.export = workspace, Export(workspace, "adapter-export")
 
     # ---- layout
 
@@ -109,7 +107,8 @@ class Library:
                 self.use = gr.Button("Use in Blend", min_width=110)
                 self.publish = gr.Button("Publish", min_width=110)
             self.name = gr.Textbox("", label="Name", max_lines=1, interactive=True, elem_id="adapter-name")
-            self.facts = theme.Shown({"rows": [], "links": []}, html_template=FACTS, css_template=FACTS_CSS, js_on_load=FACTS_SCRIPT, elem_classes="flush", elem_id="facts")
+            self.facts = theme.Shown({"rows": [], "run": ""}, html_template=FACTS, css_template=FACTS_CSS, js_on_load=FACTS_SCRIPT, elem_classes="flush", elem_id="facts")
+            self.tree = tree.tree(elem_id="tree")
             with gr.Row():
                 self.tags = gr.Textbox("", label="Tags (comma between)", max_lines=1, interactive=True)
                 self.trigger = gr.Textbox("", label="Trigger", placeholder="a word that calls it", max_lines=1, interactive=True)
@@ -121,6 +120,7 @@ class Library:
                 self.verify = gr.Button("Check files", size="md", min_width=110)
                 self.remove = gr.Button("Remove", variant="stop", size="md", min_width=110)
             self.card_told = theme.sentences(elem_id="adapter-told")
+            self.export.build()
 
     # ---- wiring
 
@@ -137,7 +137,7 @@ class Library:
     @property
     def detail(self) -> list:
         """What choosing an adapter fills."""
-        return [self.chosen, self.hint, self.panel, self.name, self.facts, self.tags, self.trigger, self.notes, self.star, self.download, self.card_told]
+        return [self.chosen, self.hint, self.panel, self.name, self.facts, self.tree, self.tags, self.trigger, self.notes, self.star, self.download, self.card_told]
 
     @property
     def opened(self) -> list:
@@ -151,7 +151,8 @@ class Library:
             part.change(**again, **TYPED, concurrency_limit=None)
         self.more.click(lambda many: many + PAGE, self.many, self.many, **QUIET).then(**again, **QUIET)
         self.grid.pick(self.pick, None, self.detail, **QUIET).then(**again, **QUIET)
-        self.facts.pick(self.pick, None, self.detail, **QUIET).then(**again, **QUIET)
+        self.tree.pick(self.pick, None, self.detail, **QUIET).then(**again, **QUIET)
+        self.export.connect(self.chosen)
         runs = pages["runs"]
         self.facts.run(self._visit(runs), None, [tabs, *runs.opened], **QUIET)
         fields = [self.chosen, self.name, self.tags, self.trigger, self.notes]
@@ -216,14 +217,15 @@ class Library:
             card, told = None, (theme.said("error", str(error)),)
         if card is None:
             hint = told[0]["sentence"] if told else "Choose an adapter to see what is known of it."
-            return [None, gr.update(value=hint, visible=True), gr.update(visible=False), "", {"rows": [], "links": []}, "", "", "", gr.skip(), gr.skip(), []]
+            return [None, gr.update(value=hint, visible=True), gr.update(visible=False), "", {"rows": [], "run": ""}, tree.EMPTY, "", "", "", gr.skip(), gr.skip(), []]
         said = [theme.said("error", f"The files are damaged: {card['damage']}. Import the adapter again; its card keeps your notes.")] if card["damage"] else []
         return [
             card["id"],
             gr.update(visible=False),
             gr.update(visible=True),
             card["name"],
-            {"rows": rows_of(card), "links": self.links_of(card)},
+            {"rows": rows_of(card), "run": card["run"] or ""},
+            tree.drawn(self.workspace, card["id"]),
             ", ".join(card["tags"]),
             card["trigger"],
             card["notes"],
@@ -231,14 +233,6 @@ class Library:
             gr.update(link=f"/studio/library/{card['id']}", interactive=not card["damage"]),
             [*said, *told],
         ]
-
-    def links_of(self, card: dict) -> list[dict]:
-        """What it was made of, what was made of it, and the run it came from."""
-        parents = [{"kind": "adapter", "id": one["id"], "name": f"{one['name']} × {one['weight']:g}", "present": one["present"]} for one in library.lineage(self.workspace, card["id"])["parents"] if isinstance(one["weight"], int | float)]
-        made = [(id, library.card(self.workspace, id)["name"]) for id in library.children(self.workspace, card["id"])]
-        children = [{"kind": "adapter", "id": id, "name": name, "present": True} for id, name in made]
-        run = [{"kind": "run", "id": card["run"], "name": card["run"], "present": True}] if card["run"] else []
-        return [{"label": LINKS[key], "to": to} for key, to in (("parents", parents), ("children", children), ("run", run)) if to]
 
     # ---- what the buttons do
 

@@ -1,41 +1,24 @@
 """The Playground: one prompt, answered side by side by the base and by adapters with the weights of the moment."""
 
 import secrets
-import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import gradio as gr
 
 from lora_studio import families, library, shelf
 from lora_studio.errors import BenchError, StudioError
-from lora_studio.ui import theme
+from lora_studio.ui import answers, theme
 from lora_studio.ui.grid import Grid
 from lora_studio.ui.mix import LIVE, QUIET, Mix, Parts, tab_of, whole
 from lora_studio.workspace import Workspace
 
-ANSWERS = """<div class="talk" aria-live="polite" aria-busy="{{value.busy}}">{{#each value.turns}}<article><p class="prompt">{{prompt}}</p>
-<div class="sides">{{#each answers}}<section data-side="{{side}}"><h4>{{label}}</h4>{{#if picture}}<a href="{{picture}}" target="_blank"><img src="{{picture}}" alt="{{label}}"></a>{{else}}<div class="text">{{text}}</div>{{/if}}<footer>{{foot}}</footer></section>{{/each}}</div></article>
-{{/each}}{{#unless value.turns}}<p class="none">Write something below. All sides get the same prompt and the same seed.</p>{{/unless}}</div>"""
-ANSWERS_CSS = """
-.talk{display:flex;flex-direction:column;gap:14px;color:var(--body-text-color)}
-.talk .none{color:var(--body-text-color-subdued);margin:18px 0;text-align:center}
-.talk article{display:flex;flex-direction:column;gap:8px;min-width:0}
-.talk .prompt{margin:0 0 0 auto;max-width:85%;padding:7px 12px;border-radius:12px 12px 3px 12px;background:var(--color-accent-soft);white-space:pre-wrap;overflow-wrap:anywhere;font-size:14px;color:var(--body-text-color)}
-.talk .sides{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,190px),1fr));gap:10px}
-.talk section{border:1px solid var(--border-color-primary);border-radius:10px;padding:8px 12px;background:var(--background-fill-primary);min-width:0;display:flex;flex-direction:column;gap:5px}
-.talk h4{margin:0;font-size:12px;font-weight:700;color:var(--color-accent);overflow-wrap:anywhere}
-.talk .text{white-space:pre-wrap;overflow-wrap:anywhere;font-size:14px;line-height:1.5;flex:1;min-height:1.5em}
-.talk img{width:100%;max-width:320px;border-radius:8px;display:block;margin:0}
-.talk footer{font-size:12px;color:var(--body-text-color-subdued);overflow-wrap:anywhere}
-"""
 STATE = """<div class="state"><p aria-live="polite">{{value.bench}}</p>{{#if value.timing}}<p class="timing">{{value.timing}}</p>{{/if}}</div>"""
 STATE_CSS = """
 .state{display:flex;flex-wrap:wrap;justify-content:space-between;gap:2px 14px;font-size:12.5px;color:var(--body-text-color-subdued)}
 .state p{margin:0;overflow-wrap:anywhere}
 """
-MOST_SIDES, EVERY_SECONDS, HEIGHT = 4, 0.1, 460
-ENDS = {"end": "ended by itself", "longest": "cut at the longest answer", "context": "cut: the model has no more room"}
+MOST_SIDES, HEIGHT = 4, 460
+NONE = "Write something below. All sides get the same prompt and the same seed."
 
 
 class Playground:
@@ -89,7 +72,7 @@ class Playground:
     def _right(self) -> None:
         self.state = theme.Shown({"bench": "", "timing": ""}, html_template=STATE, css_template=STATE_CSS, elem_classes="flush", elem_id="bench-state")
         self.answers = theme.Shown(
-            {"busy": "false", "turns": []}, html_template=ANSWERS, css_template=ANSWERS_CSS, container=True, padding=True, autoscroll=True,
+            answers.shown([], busy=False, none=NONE), html_template=answers.ANSWERS, css_template=answers.ANSWERS_CSS, container=True, padding=True, autoscroll=True,
             min_height=HEIGHT, max_height=HEIGHT, elem_id="answers",  # of one height, so that Stop does not move away under the pointer
         )  # fmt: skip
         self.told = theme.sentences(elem_id="playground-sentences")
@@ -129,7 +112,7 @@ class Playground:
         gr.on([self.send.click, self.prompt.submit], self.speak, self.inputs, self.spoken, trigger_mode="once", concurrency_limit=None, **QUIET)
         self.stop.click(self.stops.add, self.token, None, queue=False, **QUIET)
         self.grid.connect(self)
-        self.clear.click(lambda: [{"busy": "false", "turns": []}, [], [], self.held()], None, [self.answers, self.talk, self.told, self.state], **QUIET)
+        self.clear.click(lambda: [_shown([], busy=False), [], [], self.held()], None, [self.answers, self.talk, self.told, self.state], **QUIET)
 
     def connect(self, tabs, blend) -> None:
         """Let the button lead to the Blend page, and what the bench holds be looked up when the page is opened."""
@@ -202,13 +185,18 @@ class Playground:
                 raise BenchError("bench.nothing_asked")
             asked = self.asked(given[self.sides], self.mix.parts(*(given[component] for component in self.mix.inputs)))
             labels = {side: label for label, side in self.sides_of(list(asked.keys() - {"base", "all"}))} | {"all": "All together"}
-            turn = {"prompt": prompt, "answers": [{"side": side, "label": labels[side], "text": "", "picture": "", "foot": "", "lost": False} for side in asked]}
+            turn = answers.begun(prompt, {side: labels[side] for side in asked})
             said = [*talk, turn]
             busy = {self.send: gr.update(interactive=False), self.stop: gr.update(interactive=True), self.clear: gr.update(interactive=False)}
             first = "Starting the bench…" if shelf.bench_status()["state"] in ("off", "starting") else "Asking the bench…"
             yield {self.answers: _shown(said), self.token: token, self.prompt: "", self.told: [], self.state: {"bench": first, "timing": ""}, **busy}
             events = self._asked_of(_text(given[self.base]), prompt, talk, asked, given)
-            yield from self._listen(events, talk, turn, self._names(asked), token)
+            names = answers.names_of(self.workspace, {id for parts in asked.values() for id, _ in parts})
+            for heard in answers.listen(events, turn, names, lambda: token in self.stops):
+                if not heard.is_over:
+                    yield {self.answers: _shown(said), self.told: heard.told, self.state: {"bench": heard.doing, "timing": ""}}
+            timing = f"Weights applied in {heard.ended['apply_ms']:.2f} ms, first word after {heard.ended['first_ms']:.0f} ms." if "apply_ms" in heard.ended else ""
+            yield {**self._settled(said), self.told: heard.told, self.state: self.held(timing)}
         except StudioError as error:
             yield self._broken(talk, turn, prompt, error)
         finally:
@@ -228,43 +216,6 @@ class Playground:
         numbers = {"temperature": given[self.temperature], "top_p": given[self.top_p]}
         return {"seed": whole(given[self.seed]), "longest": whole(given[self.longest]), "template": template, **numbers}
 
-    def _names(self, asked: dict[str, Parts]) -> dict[str, str]:
-        """The names of the adapters by the folders that the bench reports."""
-        ids = {id for parts in asked.values() for id, _ in parts}
-        return {str(library.adapter_folder(self.workspace, id)): self.mix.label(id) for id in ids}
-
-    def _listen(self, events, talk: list, turn: dict, names: dict, token: str) -> Iterator[dict]:
-        """Updates as an answer is spoken, ten a second at most, up to its end or until Stop."""
-        by_side, told, last = {answer["side"]: answer for answer in turn["answers"]}, [], 0.0
-        ended, state = {}, {"bench": "Asking the bench…", "timing": ""}
-        try:
-            for event in events:
-                if token in self.stops:
-                    break
-                if event["event"] == "piece":
-                    by_side[event["side"]]["text"] += event["text"]
-                    state = {"bench": "Answering…", "timing": ""}
-                elif event["event"] == "step":
-                    by_side[event["side"]]["foot"] = f"step {event['step']} of {event['steps']}"
-                    state = {"bench": "Drawing…", "timing": ""}
-                elif event["event"] == "picture":
-                    by_side[event["side"]]["picture"] = f"/studio/picture/{Path(event['path']).name}"
-                elif event["event"] == "note":
-                    told.append(theme.said("note", event["sentence"]))
-                elif event["event"] == "waiting":
-                    state = {"bench": event["doing"][:1].upper() + event["doing"][1:] + "…", "timing": ""}
-                elif event["event"] == "done":
-                    ended = event
-                if time.monotonic() - last >= EVERY_SECONDS:
-                    last = time.monotonic()
-                    yield {self.answers: _shown([*talk, turn]), self.told: told, self.state: state}
-        finally:
-            events.close()
-        for side, answer in by_side.items():
-            answer["foot"] = foot(ended["sides"][side], names) if ended else "stopped" if answer["text"] or answer["picture"] else "stopped before the first word"
-        timing = f"Weights applied in {ended['apply_ms']:.2f} ms, first word after {ended['first_ms']:.0f} ms." if "apply_ms" in ended else ""
-        yield {**self._settled([*talk, turn]), self.told: told, self.state: self.held(timing)}
-
     def _settled(self, said: list) -> dict:
         """The page at rest, with what was said."""
         buttons = {self.send: gr.update(interactive=True), self.stop: gr.update(interactive=False), self.clear: gr.update(interactive=True)}
@@ -272,10 +223,7 @@ class Playground:
 
     def _broken(self, talk: list, turn: dict | None, prompt: str, error: StudioError) -> dict:
         """The page after an error: the prompt is back, and what had been said of the answer stays to be read."""
-        kept = turn is not None and any(answer["text"] or answer["picture"] for answer in turn["answers"])
-        if kept:
-            for answer in turn["answers"]:
-                answer |= {"lost": True, "foot": "broken off"}
+        kept = turn is not None and answers.broken(turn)
         told = [theme.said("error", str(error))]
         return {**self._settled([*talk, turn] if kept else talk), self.prompt: prompt, self.told: told, self.state: self.held()}
 
@@ -291,15 +239,6 @@ def history(talk: list[dict], side: str) -> list[dict]:
             if answer["side"] == side and answer["text"] and not answer["lost"]:
                 found += [{"role": "user", "content": turn["prompt"]}, {"role": "assistant", "content": answer["text"]}]
     return found
-
-
-def foot(told: dict, names: dict[str, str]) -> str:
-    """How an answer ended, and which adapters were on while it was spoken: what the bench reports, not what was asked for."""
-    on = ", ".join(f"{names.get(path, Path(path).parent.name)} × {weight:g}" for path, weight in told["active"]) or "all adapters off"
-    if "path" in told:
-        return on
-    count = told["tokens"]
-    return f"{count} token{'' if count == 1 else 's'} · {ENDS.get(told['ended'], told['ended'])} · {on}"
 
 
 def bench_in_words(status: dict) -> str:
@@ -319,4 +258,4 @@ def _text(given) -> str:
 
 
 def _shown(said: list[dict], *, busy: bool = True) -> dict:
-    return {"busy": "true" if busy else "false", "turns": said}
+    return answers.shown(said, busy=busy, none=NONE)

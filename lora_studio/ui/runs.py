@@ -143,7 +143,7 @@ class Runs:
         if status is None:
             return [listed, [], [], samples.EMPTY, "", *[gr.update(interactive=False) for _ in range(7)], gr.update(visible=False)]
         events = self.curves.told(status.id)
-        live, trains = status.is_live or status.state == "queued", not studio.writes_captions(self.workspace, status.id)
+        live, trains = status.is_live or status.state == "queued", studio.trains(self.workspace, status.id)
         ready = next((event for event in reversed(events) if event["kind"] == "saved" and event["what"].startswith("adapter")), None)
         return [
             listed,

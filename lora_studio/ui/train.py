@@ -7,7 +7,7 @@ import gradio as gr
 
 from lora_studio import albums, data, presets, settings, shelf, studio
 from lora_studio.errors import SpecError, StudioError
-from lora_studio.spec import TrainSpec
+from lora_studio.spec import TrainSpec, methods
 from lora_studio.ui import forms, theme
 from lora_studio.workspace import Workspace
 
@@ -56,7 +56,8 @@ class Train:
         self.captions = gr.Button("Edit captions", size="sm", visible=False, elem_id="edit-captions")
         form["task.kind"] = forms.widget("task.kind")
         with gr.Row():
-            form["method.rank"], form["method.alpha"], form["optim.lr"] = (forms.widget(path) for path in ("method.rank", "method.alpha", "optim.lr"))
+            for path in ("method.kind", "method.rank", "method.alpha", "optim.lr"):
+                form[path] = forms.widget(path)
         with gr.Row(equal_height=True):
             self.plus = gr.Checkbox(False, label="LoRA+", info="B learns faster than A. Switching it on suggests a lower base rate.", interactive=True)
             form["optim.lora_plus_ratio"] = forms.widget("optim.lora_plus_ratio")
@@ -95,7 +96,12 @@ class Train:
         gr.on([self.data.input, self.data.key_up, self.data.blur], self.pick, picked, sources, **TYPED)
         gr.on([sources.input, sources.blur], self.follow_sources, picked, self.data, **TYPED)
         kind, base = self.form["task.kind"], self.form["base.id"]
-        kind.change(lambda given: forms.adapt(self.form, given), kind, list(forms.adapt(self.form, "chat")), **TYPED)
+        method = self.form["method.kind"]
+        hidden = list(forms.adapt(self.form, "chat", "lora"))
+        gr.on([kind.change, method.change], lambda *given: forms.adapt(self.form, *given), [kind, method], hidden, **TYPED)
+        method.change(lambda given: gr.update(visible=given in methods.WITH_B), method, self.plus, **TYPED)
+        # What a person chooses, never what a preset fills in: that brings settings of its own.
+        method.input(lambda given: forms.start_afresh(self.form, given), method, [part for path, part in self.form.items() if path.startswith("method.") and path not in ("method.kind", "method.targets")], **TYPED)
         kind.change(lambda given: gr.update(visible=given == "image"), kind, self.captions, **TYPED)
         base.change(self.suit, [base, kind], [kind, self.form["task.resolution"]], **TYPED)
         self.upload.upload(self.keep, {self.upload, self.form["data"], *self.bringing}, self.brought, api_visibility="private")

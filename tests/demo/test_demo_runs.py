@@ -1,10 +1,12 @@
 """One click on each demo, and a blend of the two: what the adapters say to questions nobody trained on."""
 
+import json
 import time
+from random import Random
 
 import pytest
 
-from lora_studio import library, shelf, studio
+from lora_studio import judging, library, search, shelf, studio
 from lora_studio.home import demo_base
 from lora_studio.jobs import bench
 from lora_studio.workspace import local
@@ -68,3 +70,22 @@ def test_a_blend_of_both_shows_both(trained, monkeypatch):
     print(f"\nblend: rank {done['rank']}, relative error {done['loss']:.1e}; both styles {found.style:.1%}, with the right content {found.joint:.1%}")
     assert done["loss"] < 1e-6
     assert found.style >= 0.8 and found.joint >= 0.65
+
+
+@pytest.mark.slow
+def test_a_search_finds_weights_that_are_better_than_the_plain_sum(trained, monkeypatch, tmp_path):
+    from lora_studio.demo import styles, world
+
+    workspace, _ = trained
+    monkeypatch.setenv("LORA_STUDIO_HOME", str(workspace.root))
+    chance = Random("searched")
+    rows = [{"prompt": question.text, "completion": styles.wear("both", question.answer, chance)} for question in world.exam(4, seed=79)]
+    (tmp_path / "both.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    id = search.start(workspace, list(STYLES), [str(tmp_path / "both.jsonl")], evaluations=40, batch_size=16, precision="fp32")
+    assert studio.wait_until_ended(workspace, id, seconds=400).state == "done", studio.log(workspace, id)
+    found = search.result(workspace, id)
+    losses = {one["what"]: one["loss"] for one in found["marks"]}
+    told = judging.judge(workspace, [(style, 1.0) for style in STYLES])
+    print(f"\nsearch: {losses}, best {found['loss']:.4f} with {found['parts']}; cosine {told['pairs'][0]['cosine']:.3f}, {told['advice']}")
+    assert found["loss"] < 0.97 * losses["all"] < losses["alone"] < losses["base"]
+    assert all(0.3 < weight < 1.5 for _, weight in found["parts"]) and abs(told["pairs"][0]["cosine"]) < 0.3

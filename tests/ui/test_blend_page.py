@@ -8,7 +8,8 @@ import pytest
 from lora_studio import library
 from lora_studio.errors import BlendError
 from lora_studio.jobs import bench
-from lora_studio.ui.blend import Blend, exact_rank, figures_of, pair_in_words, percent, rank_of, suggestions
+from lora_studio.ui.blend import Blend
+from lora_studio.ui.figures import exact_rank, figures_of, pair_in_words, percent, rank_of, suggestions
 from lora_studio.ui.mix import POOL
 from lora_studio.ui.playground import Playground
 from tests.browser.made import adapter

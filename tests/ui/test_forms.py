@@ -7,7 +7,7 @@ import gradio as gr
 import pytest
 
 from lora_studio import presets, settings, studio
-from lora_studio.spec import parse
+from lora_studio.spec import methods, parse
 from lora_studio.ui import forms
 
 
@@ -69,7 +69,7 @@ def test_lists_of_numbers_stand_on_one_line_and_a_word_or_a_number_is_either():
 
 def test_what_only_pictures_or_only_words_have_a_use_for_is_hidden_from_the_other_and_left_out(pages):
     for kind, hidden, shown in (("chat", "compute.block_swap", "compute.packing"), ("image", "output.sample_tokens", "compute.quantize")):
-        told = forms.adapt(pages.form, kind)
+        told = forms.adapt(pages.form, kind, "lora")
         assert told[pages.form[hidden]]["visible"] is False and told[pages.form[shown]]["visible"] is True
     values = studio.form_values("demo/pirate") | {"compute.quantize": "4bit", "compute.compile": True}
     assert studio.spec_of_values(values) == studio.spec_of_values(studio.form_values("demo/pirate"))
@@ -83,3 +83,13 @@ def test_the_switch_of_lora_plus_goes_by_the_kind_of_rows_there_and_back(pages):
         given = {form["task.kind"]: kind, form["optim.lora_plus_ratio"]: "", form["optim.lr"]: "2e-4", pages.plus: True}
         assert pages.switch(given) == (lower, ratio)
         assert pages.switch({**given, form["optim.lr"]: lower, pages.plus: False}) == ("0.0002", "")
+
+
+def test_each_kind_of_adapter_shows_its_own_settings_at_their_own_defaults(pages):
+    form = pages.form
+    told = forms.adapt(form, "chat", "vera")
+    assert told[form["method.d_initial"]]["visible"] and not told[form["method.alpha"]]["visible"] and not told[form["optim.lora_plus_ratio"]]["visible"]
+    assert forms.start_afresh(form, "vera")[form["method.rank"]] == "256" and forms.start_afresh(form, "lora")[form["method.rank"]] == "16"
+    for kind in methods.KINDS:
+        values = studio.form_values("demo/pirate") | methods.defaults(kind) | {"method.kind": kind}
+        assert studio.spec_of_values(values).method == methods.KINDS[kind]()

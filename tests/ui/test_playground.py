@@ -10,8 +10,9 @@ from lora_studio import durable, runs
 from lora_studio.errors import BenchError
 from lora_studio.jobs import bench, queue
 from lora_studio.spec import parse
+from lora_studio.ui.answers import foot
 from lora_studio.ui.mix import POOL
-from lora_studio.ui.playground import Playground, bench_in_words, foot, history, whole
+from lora_studio.ui.playground import Playground, bench_in_words, history, whole
 from tests.browser.made import adapter
 
 
