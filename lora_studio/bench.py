@@ -48,6 +48,7 @@ class Job:
     def __init__(self, request: dict, peer: socket.socket):
         self.request, self.peer = request, peer
         self.cancelled, self.guard, self.doing = False, threading.Lock(), "waiting for its turn"
+        self.is_over = False
 
     def send(self, event: str, **fields) -> None:
         """Send one event. Raises Cancelled when nobody takes it."""
@@ -65,7 +66,8 @@ class Job:
             raise Cancelled
 
     def end(self, event: str, **fields) -> None:
-        """Send the last event and let go of the connection."""
+        """Send the last event and let go of the connection. It is over before the last event is out: who got it may ask what is being done."""
+        self.is_over = True
         with contextlib.suppress(Cancelled):
             self.send(event, **fields)
         with contextlib.suppress(OSError):
@@ -174,7 +176,9 @@ class Server:
         if verb == "ping":
             job.end("result", pid=os.getpid())
         elif verb == "status":
-            job.end("result", pid=os.getpid(), waiting=len(self.line), doing=self.current.doing if self.current else "", **self.desk.status())
+            current = self.current
+            doing = current.doing if current and not current.is_over else ""
+            job.end("result", pid=os.getpid(), waiting=len(self.line), doing=doing, **self.desk.status())
         elif verb == "stop":
             self._stop(job)
         elif verb == "unload" and not self.desk.make_room(job.request):

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lora_studio import __version__, cli_captions, cli_judge, cli_merge, cli_shelf, doctor, presets, settings, studio
+from lora_studio import __version__, cli_captions, cli_judge, cli_merge, cli_shelf, cli_sweep, doctor, presets, settings, studio
 from lora_studio.cli_shelf import answer
 from lora_studio.errors import RunError, SpecError, StudioError
 from lora_studio.runs import Status
@@ -126,8 +126,8 @@ EXTRA: dict[str, click.Command] = {}
 _json = click.option("--json", "as_json", is_flag=True, help="Answer as JSON on standard output.")
 _detach = click.option("--detach", is_flag=True, help="Return at once; the run goes on by itself either way.")
 _sparse = click.option("--show-spec", is_flag=True, help="Print the spec as YAML and stop.")
-OWN_OPTIONS = {"train": [_json, _detach, _sparse], "preflight": [_json]}
-OWN_FLAGS = {"as_json", "detach", "show_spec"}
+OWN_OPTIONS = {"train": [_json, _detach, _sparse], "preflight": [_json], "sweep": [_json, _detach, *cli_sweep.OPTIONS]}
+OWN_FLAGS = {"as_json", "detach", "show_spec", *cli_sweep.FLAGS}
 
 
 @_settings_command("train", "Train an adapter. The run is detached: Ctrl-C leaves it running.")
@@ -159,6 +159,16 @@ def preflight(spec, *, preset, as_json):
     answer(value, as_json, "\n".join(part for part in (facts, problems, "Ready to start." if report.can_start else "") if part))
     if not report.can_start:
         raise click.exceptions.Exit(1)
+
+
+@_settings_command("sweep", "Train variants of a run side by side over one base, and keep the best: sweep --preset demo/pirate --over optim.lr=1e-4,3e-4")
+def sweep(spec, *, preset, **own):
+    cli_sweep.run(spec, say, **own)
+
+
+@app.command("sweep-result", help="What a sweep has found so far: each variant with its validation loss, the best first.")
+def sweep_result(id: str, as_json: bool = AsJson):
+    cli_sweep.show(id, as_json)
 
 
 # ---- runs

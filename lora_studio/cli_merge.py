@@ -16,9 +16,10 @@ def resize(
     adapter: str, *, name: str = typer.Option(..., help="What to call the new adapter."), rank: int = typer.Option(None, help="At most this rank in every layer."),
     loss: float = typer.Option(None, help="At most this relative loss of the whole, for example 0.05, with few parameters."),
     per_layer: bool = typer.Option(False, "--per-layer", help="Of each layer the smallest rank within --loss."),
-    size: str = typer.Option(None, help="At most this size of the file, for example 5MB."), as_json: bool = AsJson,
+    size: str = typer.Option(None, help="At most this size of the file, for example 5MB."),
+    slice: bool = typer.Option(False, "--slice", help="With --rank: cut the first rows and columns out, of an adapter trained by dylora."), as_json: bool = AsJson,
 ):  # fmt: skip
-    id, done = merges.resize(local(), adapter, name=name, rank=rank, loss=loss, per_layer=per_layer, size=_bytes(size) if size else None)
+    id, done = merges.resize(local(), adapter, name=name, rank=rank, loss=loss, per_layer=per_layer, size=_bytes(size) if size else None, slice=slice)
     low, high = done["ranks"]
     words = f"{id} is in the library as {name}: rank {low if low == high else f'{low} to {high}'}, relative error {done['loss']:.2e}, {done['bytes'] / 1e6:.2f} MB."
     more = []

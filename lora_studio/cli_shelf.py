@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from lora_studio import baking, formats, grids, library, merges, settings, shelf
+from lora_studio import baking, formats, grids, library, merges, numbers, settings, shelf
 from lora_studio.errors import SpecError
 from lora_studio.weights import in_words
 from lora_studio.workspace import local
@@ -33,13 +33,14 @@ def list_adapters(
     answer([asdict(item) for item in found], as_json, "\n".join(_line(item) for item in found) or "There is no such adapter yet.")
 
 
-def inspect(adapter: str, *, as_json: bool = AsJson):
+def inspect(adapter: str, *, timed: bool = typer.Option(False, "--measure", help="Time the base, the adapter beside it and merged, in turns (library)."), as_json: bool = AsJson):
     if Path(adapter).expanduser().exists():
         card = shelf.inspect(Path(adapter).expanduser())
         value = {name: value for name, value in vars(card).items() if name not in ("layers", "problems", "config")}
         value |= {"rank": card.rank, "alpha": card.alpha, "layers": len(card.layers)}
         told = [f"{problem.level}: {problem.sentence}" for problem in card.problems]
-        answer({**value, "problems": [asdict(problem) for problem in card.problems]}, as_json, "\n".join([*_lines(value), *told]))
+        found = numbers.of_folder(Path(adapter).expanduser())
+        answer({**value, "problems": [asdict(problem) for problem in card.problems], "numbers": asdict(found)}, as_json, "\n".join([*_lines(value), *_figures(found), *told]))
     else:
         workspace = local()
         id = library.folder_of(workspace, adapter).name
@@ -47,7 +48,10 @@ def inspect(adapter: str, *, as_json: bool = AsJson):
         made = [{"id": child, "name": library.card(workspace, child)["name"]} for child in library.children(workspace, id)]
         value = {"id": id, **library.card(workspace, id), "children": made}
         tree = library.lineage(workspace, id)
-        answer({**value, "family": tree}, as_json, "\n".join([*_lines(value), *([f"family: {_family(tree)}"] if tree["parents"] else [])]))
+        found = None if value["damage"] else numbers.of(workspace, id)
+        lines = [*_lines(value), *(_figures(found) if found else []), *([f"family: {_family(tree)}"] if tree["parents"] else [])]
+        measured = numbers.measure(workspace, id) if timed else None
+        answer({**value, "family": tree, "numbers": found and asdict(found), "measured": measured}, as_json, "\n".join([*lines, *([numbers.measured_in_words(measured)] if measured else [])]))
 
 
 def import_adapter(
@@ -293,6 +297,10 @@ def _family(tree: dict) -> str:
     weight = f" × {in_words(tree['weight'])}" if isinstance(tree["weight"], int | float | dict) else ""
     parents = f" ({', '.join(map(_family, tree['parents']))})" if tree["parents"] else ""
     return f"{tree['name']}{'' if tree['present'] else ' [not here]'}{parents}{weight}"
+
+
+def _figures(found: numbers.Numbers) -> list[str]:
+    return [f"{what}: {words}" for what, words in found.rows()]
 
 
 def _lines(value: dict) -> list[str]:

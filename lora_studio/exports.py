@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_studio import adapters, bases, formats, library, studio
+from lora_studio import adapters, bases, formats, library, shelf, studio, weights
 from lora_studio.adapters import gguf_files, pipeline_files
 from lora_studio.errors import AdapterError, StudioError
 from lora_studio.spec import Base
@@ -72,6 +72,18 @@ def width(workspace: Workspace, ids: list[str]) -> int:
     """How many numbers each rank of a mix of adapters has: rows and columns of all layers that any of them changes. Raises AdapterError."""
     shapes = {name: layer.shape for id in ids for name, layer in adapters.inspect(library.adapter_folder(workspace, id)).layers.items()}
     return sum(shape[0] + math.prod(shape[1:]) for shape in shapes.values())
+
+
+def room(workspace: Workspace, parts: shelf.Parts) -> tuple[int, int]:
+    """The rank of the exact sum of a mix, which is the largest of its layers', and how many numbers each rank has in the layers where any
+    of its weights is not 0. Raises AdapterError."""
+    ranks, widths = {}, {}
+    for id, weight in parts:
+        for name, layer in adapters.inspect(library.adapter_folder(workspace, id)).layers.items():
+            if weights.of(weight, name):
+                ranks[name] = ranks.get(name, 0) + layer.rank
+                widths[name] = layer.shape[0] + math.prod(layer.shape[1:])
+    return max(ranks.values(), default=0), sum(widths.values())
 
 
 def make(workspace: Workspace, id: str, *, form: str, dtype: str) -> dict:

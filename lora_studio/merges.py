@@ -3,7 +3,8 @@
 import tempfile
 from pathlib import Path
 
-from lora_studio import durable, library, shelf
+from lora_studio import adapters, durable, library, shelf
+from lora_studio.adapters.files import are_same_tensors
 from lora_studio.errors import BlendError
 from lora_studio.jobs import bench
 from lora_studio.workspace import Workspace
@@ -12,12 +13,13 @@ SECONDS = 6 * 3600.0
 
 
 def resize(
-    workspace: Workspace, id: str, *, name: str, rank: int | None = None, loss: float | None = None, per_layer: bool = False, size: int | None = None
-) -> tuple[str, dict]:
-    """An adapter of the library at other ranks as a new one: a `rank`, the `loss` that is allowed (of the whole, or of each layer), or the
+    workspace: Workspace, id: str, *, name: str, rank: int | None = None, loss: float | None = None, per_layer: bool = False,
+    size: int | None = None, slice: bool = False,
+) -> tuple[str, dict]:  # fmt: skip
+    """An adapter of the library at other ranks as a new one: a `rank` (with `slice` its first rows and columns, of one with nested ranks), the `loss` that is allowed (of the whole, or of each layer), or the
     `size` of its weights in bytes. Returns its id, and what the bench measured: the true loss, ranks, clamped and left_out layers, bytes.
     Raises StudioError; then the library is as it was."""
-    asked = {"rank": rank, "loss": loss, "per_layer": per_layer or None, "size": size}
+    asked = {"rank": rank, "loss": loss, "per_layer": per_layer or None, "size": size, "slice": slice or None}
     asked = {key: value for key, value in asked.items() if value is not None}
     own = library.folder_of(workspace, id).name
     return _made(workspace, {"resize": {"adapter": own, **asked}}, name, "resized")
@@ -34,7 +36,7 @@ def merge(workspace: Workspace, parts: shelf.Parts, how: str, *, name: str, rank
 
 def again(workspace: Workspace, id: str) -> tuple[str, dict]:
     """Make a blend, a merge or a resized adapter again by its recipe, from the same parents. Returns the id, which is the same where every
-    byte is, and what the bench measured with `identical`. What came out otherwise is a new adapter. Raises StudioError."""
+    tensor is, byte for byte, and what the bench measured with `identical`. What came out otherwise is a new adapter. Raises StudioError."""
     known = library.card(workspace, id)
     recipe = {key: value for key, value in (known["recipe"] or {}).items() if key in ("sum", "merge", "resize", "rank")}
     if not recipe.keys() & {"sum", "merge", "resize"}:
@@ -43,8 +45,8 @@ def again(workspace: Workspace, id: str) -> tuple[str, dict]:
     for parent in known["parents"]:
         if parent["id"] not in present or library.card(workspace, parent["id"])["sha256"] != parent["sha256"]:
             raise BlendError("recipe.parent", id=known["name"], name=parent["name"])
-    made, done = _made(workspace, recipe, None, known["tags"][0] if known["tags"] else "blend", like=known)
-    return made, {**done, "identical": made == known["id"]}
+    made, done = _made(workspace, recipe, None, known["tags"][0] if known["tags"] else "blend", like={**known, "id": library.folder_of(workspace, id).name})
+    return made, {**done, "identical": made == library.folder_of(workspace, id).name}
 
 
 def _made(workspace: Workspace, recipe: dict, name: str | None, tag: str, *, like: dict | None = None) -> tuple[str, dict]:
@@ -64,7 +66,10 @@ def _made(workspace: Workspace, recipe: dict, name: str | None, tag: str, *, lik
             done = bench.ask("merge", seconds=SECONDS, parts=paths, target=str(target), **asked)
         else:
             done = bench.ask("blend", seconds=SECONDS, parts=paths, rank=recipe.get("rank"), target=str(target))
-        if like and library.identify(target) != like["id"]:
+        if like:
+            before, after = (folder / adapters.WEIGHTS for folder in (library.adapter_folder(workspace, like["id"]), target))
+            if are_same_tensors(before.read_bytes(), after.read_bytes()):
+                return like["id"], done
             name = f"{like['name'][:70]} again"
             shelf.check_name(workspace, name)
         parents = [

@@ -4,36 +4,33 @@ import base64
 import importlib.util
 import io
 import os
-import re
 import shutil
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lora_studio import adapters, bases, data, families, pictures, rows
+from lora_studio import adapters, bases, data, families, memory, pictures, rows
 from lora_studio.adapters import assistant
 from lora_studio.errors import BaseModelError, DataError, MachineError, Problem, StudioError
 from lora_studio.home import home, presets_folder
 from lora_studio.jobs import checks, devices
+from lora_studio.memory import blocks_of
 from lora_studio.spec import Source, TrainSpec, methods
 from lora_studio.spec.idle import changed, needs_gpu
 from lora_studio.workspace import Workspace
 
 PREVIEW_ROWS, PREVIEW_PICTURES, THUMBNAIL = 5, 12, 128
 LIGHT_ROWS = 2000
-# A block of a transformer as it stands in the names of its layers, wherever it lies.
-BLOCK = re.compile(r"(.*transformer_blocks\.\d+|(?:blocks|layers)\.\d+)\.")
-# Bytes of a parameter in 8 bits and in 4, with what else bitsandbytes keeps of it.
-KEPT_BYTES = {"8bit": 1.02, "4bit": 0.57}
 
 
 @dataclass
 class Report:
-    """What is known before a run starts: problems with their fields, facts to show, and the first rows."""
+    """What is known before a run starts: problems with their fields, facts to show, the first rows, and how long rows are."""
 
     problems: list[Problem] = field(default_factory=list)
     facts: dict[str, object] = field(default_factory=dict)
     preview: list[dict] = field(default_factory=list)
+    rows: memory.Rows = field(default_factory=memory.Rows)
 
     @property
     def can_start(self) -> bool:
@@ -48,15 +45,17 @@ def preflight(workspace: Workspace, spec: TrainSpec, *, deep: bool = False) -> R
     """Everything that can be said before a run starts. `deep` also encodes every row, in a process of its own."""
     report = Report()
     info = _check_base(spec, report)
-    _check_data(spec, report)
-    device = _check_device(spec, report)
+    _check_data(spec, report, info.vocabulary if info else None)
+    _check_device(spec, report)
     _check_lora_plus(spec, report)
     _check_assistant(workspace, spec, info, report)
     if info is not None:
-        _size_up(spec, info, device, report)
+        _size_up(spec, info, report)
     _check_disk(workspace, report)
     if deep and report.can_start:
         _merge_deep(spec, report)
+    if info is not None:
+        _foresee(spec, info, report)
     return report
 
 
@@ -90,10 +89,10 @@ def _check_base(spec: TrainSpec, report: Report) -> bases.BaseInfo | None:
     return info
 
 
-def _check_data(spec: TrainSpec, report: Report) -> None:
+def _check_data(spec: TrainSpec, report: Report, vocabulary: int | None) -> None:
     if spec.task.kind == "image":
         return _check_pictures(spec, report)
-    total = 0
+    total, sizes = 0, []
     for index, source in enumerate(spec.data):
         try:
             found = rows.collect(spec.model_copy(update={"data": [source]}), limit=LIGHT_ROWS)[0] if _is_here(source) else None
@@ -104,11 +103,18 @@ def _check_data(spec: TrainSpec, report: Report) -> None:
             report.add(f"data.{index}", f"{source.path} will be fetched from the Hub when the run starts.", "note")
             continue
         total += len(found.items)
+        sizes += [_size(item) for item in found.items]
         report.preview += found.items[: max(1, PREVIEW_ROWS // len(spec.data))]
         report.facts.setdefault("shapes", []).append(found.shape)
         if found.skipped:
             report.add(f"data.{index}", f"{source.path}: left out are {found.skipped_in_words()}.", "warning")
-    report.facts["rows"] = total
+    report.facts["rows"], report.rows = total, memory.rows_of_sizes(sizes, spec, vocabulary)
+
+
+def _size(row: dict) -> int:
+    """Bytes of a row's texts."""
+    texts = [turn["content"] for turn in row["messages"]] if "messages" in row else row.values()
+    return sum(len(str(text).encode()) for text in texts)
 
 
 def _check_pictures(spec: TrainSpec, report: Report) -> None:
@@ -140,7 +146,7 @@ def _check_pictures(spec: TrainSpec, report: Report) -> None:
                 report.add(f"data.{index}", sentence, "warning")
             if part.skipped:
                 report.add(f"data.{index}", f"{source.path}: left out are {part.skipped_in_words()}.", "warning")
-    report.facts["rows"] = total
+    report.facts["rows"], report.rows = total, memory.Rows(count=sum(sizes.values()))
     if spec.task.prior_pictures:
         report.facts["prior"] = spec.task.prior_pictures
     _check_masks(spec, report, masked, total, unknown)
@@ -187,7 +193,7 @@ def _is_here(source: Source) -> bool:
     return isinstance(data.locate(source.path), Path)
 
 
-def _check_device(spec: TrainSpec, report: Report) -> str:
+def _check_device(spec: TrainSpec, report: Report) -> None:
     try:
         device = devices.resolve(spec.compute.device)
     except MachineError as error:
@@ -198,7 +204,6 @@ def _check_device(spec: TrainSpec, report: Report) -> str:
     if spec.optim.kind == "adamw_8bit":
         if importlib.util.find_spec("bitsandbytes") is None:
             report.add("optim.kind", MachineError("machine.package", name="bitsandbytes", use="optim.kind adamw_8bit"))
-    return device
 
 
 def _check_compute(spec: TrainSpec, device: str, report: Report) -> None:
@@ -206,7 +211,7 @@ def _check_compute(spec: TrainSpec, device: str, report: Report) -> None:
     if not device.startswith("cuda"):
         for field in needs_gpu(spec):
             report.add(field, MachineError("machine.needs_gpu", field=field, device=device))
-    elif "4bit" in (spec.compute.quantize, spec.compute.encoders) or spec.compute.quantize == "8bit":
+    if spec.compute.quantize != "none" or spec.compute.encoders == "4bit":
         if importlib.util.find_spec("bitsandbytes") is None:
             report.add("compute.quantize", MachineError("machine.package", name="bitsandbytes", use="compute.quantize"))
     if device == "cpu" and spec.compute.encoders == "cpu":
@@ -274,6 +279,11 @@ def scale(spec: TrainSpec) -> float:
     return methods.strength(spec.method)
 
 
+def trainable_of(spec: TrainSpec, info: bases.BaseInfo) -> int:
+    """How many numbers the adapter of a spec learns, from the base's headers; 0 while these are not here."""
+    return info.trainable(info.targets(spec.method.targets), spec.method) + _trainable_texts(spec, info)
+
+
 def _trainable_texts(spec: TrainSpec, info: bases.BaseInfo) -> int:
     """Parameters of the adapters on text encoders."""
     if spec.task.kind != "image" or not spec.task.text_encoder or info.folder is None:
@@ -283,47 +293,42 @@ def _trainable_texts(spec: TrainSpec, info: bases.BaseInfo) -> int:
     return sum(methods.parameters(spec.method, *shape[:2]) for shape in shapes)
 
 
-def _size_up(spec: TrainSpec, info: bases.BaseInfo, device: str, report: Report) -> None:
-    """Trainable parameters from the headers, and memory from a rough formula, to compare with what is free."""
+def _size_up(spec: TrainSpec, info: bases.BaseInfo, report: Report) -> None:
+    """Trainable parameters and blocks, from the headers."""
     if info.linears and report.facts.get("targets"):
-        report.facts["trainable"] = info.trainable(report.facts["targets"], spec.method) + _trainable_texts(spec, info)
+        report.facts["trainable"] = trainable_of(spec, info)
         top = max(min(rows_, columns) for _, rows_, columns in info.linears)
         if spec.method.rank > top:
             report.add("method.rank", f"method.rank is {spec.method.rank}, but no layer has a rank above {top}. Lower it.")
-    if info.parameters is None:
-        return
-    wide = 4 if spec.compute.precision == "fp32" or (spec.compute.precision == "auto" and not device.startswith("cuda")) else 2
-    wide = KEPT_BYTES.get(spec.compute.quantize, wide)
     known = blocks_of(info.linears)
     if spec.compute.block_swap > len(known) > 0:
         report.add("compute.block_swap", BaseModelError("image.blocks", id=spec.base.id, count=len(known), value=spec.compute.block_swap))
-    elsewhere = sum(list(known.values())[len(known) - spec.compute.block_swap + 1 :]) if spec.compute.block_swap else 0  # one at a time is on the card
-    needed = (info.parameters - elsewhere) * wide + report.facts.get("trainable", 0) * 16
-    if info.layers and info.hidden and info.intermediate and spec.task.kind != "image":
-        tokens = spec.schedule.batch_size * spec.task.max_length
-        kept = 2 * info.hidden if spec.compute.checkpointing else 16 * info.hidden + 6 * info.intermediate
-        report.facts["memory_rows_full"] = int(needed + tokens * info.layers * kept * wide)
-    report.facts["memory"] = int(needed)
-    free = checks.free_memory(device)
-    if spec.compute.block_swap and not known:
-        return  # how large its blocks are is known once it has been fetched
-    if free is not None and needed > free:
+
+
+def _foresee(spec: TrainSpec, info: bases.BaseInfo, report: Report) -> None:
+    """What the run takes of the memory, part by part, beside what is free; what to change where that is too much."""
+    if info.parameters is None or bool(info.pipeline) != (spec.task.kind == "image"):
+        return
+    device, trainable = report.facts["device"], report.facts.get("trainable", 0)
+    rows = memory.rows_of_facts(report.facts) or report.rows
+
+    def peak(one: TrainSpec) -> int:
+        return memory.estimate(one, info, rows, trainable=trainable, device=device).needed
+
+    found, free = memory.estimate(spec, info, rows, trainable=trainable, device=device), checks.free_memory(device)
+    badge = "unknown" if found.unknown and found.needed <= (free or 0) else found.badge(free)
+    report.facts |= {"memory": found.needed, "memory_peak": found.peak, "memory_parts": found.parts, "memory_phase": found.worst, "memory_together": found.phases[found.worst], "memory_free": free, "memory_badge": badge}
+    if free is None or badge in ("fits", "unknown") or (spec.compute.block_swap and not blocks_of(info.linears)):
+        return  # how large the blocks of a base are is known once it has been fetched
+    changes = memory.lighter(spec, peak, memory.TIGHT * free, on_gpu=device.startswith("cuda")) if info.folder is not None else []
+    report.facts["memory_changes"] = [vars(change) for change in changes]
+    if badge == "too big" and not changes:
         out = "set compute.quantize or compute.block_swap" if spec.task.kind == "image" and device.startswith("cuda") else "compute.precision bf16"
-        report.add(
-            "base.id",
-            f"{spec.base.id} needs about {gigabytes(needed)} and {device} has {gigabytes(free)} free. Choose a smaller base, or {out}.",
-            "warning",
-        )
-
-
-def blocks_of(linears) -> dict[str, int]:
-    """The repeated blocks of an image base with the parameters of their linear layers, by the names of these layers, in order."""
-    found: Counter = Counter()
-    for name, rows_, columns in sorted(linears, key=lambda layer: [int(part) if part.isdigit() else -1 for part in layer[0].split(".")]):
-        match = BLOCK.match(name)
-        if match:
-            found[match[1]] += rows_ * columns
-    return dict(found)
+        report.add("base.id", f"{spec.base.id} needs about {gigabytes(found.needed)} and {device} has {gigabytes(free)} free. Choose a smaller base, or {out}.", "warning")
+    elif changes:
+        ways = "; or ".join(f"{memory.in_words(change.values)} (about {gigabytes(change.peak)})" for change in changes)
+        much = "more than" if badge == "too big" else "nearly all of"
+        report.add("", f"The run needs about {gigabytes(found.needed)} while {found.worst}, {much} the {gigabytes(free)} free on {device}. To be safe, set {ways}.", "warning" if badge == "too big" else "note")
 
 
 def _check_disk(workspace: Workspace, report: Report) -> None:

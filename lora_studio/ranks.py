@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from lora_studio import blend
 from lora_studio.blend import Modules
 from lora_studio.errors import BlendError
+from lora_studio.lowrank import LowRank
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,14 @@ def resize(modules: Modules, ranks: dict[str, int]) -> tuple[Modules, blend.Loss
         if ranks.get(name, module.rank):
             small |= blend.compress({name: module}, ranks.get(name, module.rank))[0]
     return small, blend.difference(small, modules)
+
+
+def sliced(modules: Modules, rank: int) -> Modules:
+    """The first `rank` rows of A and columns of B of every layer: what an adapter with nested ranks (DyLoRA) was trained to be there.
+    Raises BlendError."""
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise BlendError("blend.rank", rank=repr(rank)[:40])
+    return {name: LowRank(module.A[:rank], module.B[:, :rank], module.scale, module.kind) for name, module in modules.items()}
 
 
 def _check(loss: float) -> None:

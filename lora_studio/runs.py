@@ -21,16 +21,17 @@ from lora_studio.errors import RunError, StudioError
 from lora_studio.spec import TrainSpec
 from lora_studio.spec.captions import CaptionSpec
 from lora_studio.spec.search import SearchSpec
+from lora_studio.spec.sweep import SweepSpec
 from lora_studio.workspace import Workspace
 
 LIFE = {"queued", "launched", "started", "resumed", "done", "stopped", "failed"}
 ENDED = {"done", "stopped", "failed"}
-PROGRESS = {"step", "eval", "sample", "saved"}
+PROGRESS = {"step", "eval", "sample", "saved", "variant"}
 FLUSH_SECONDS = 0.5
 TAIL_BYTES = 64 * 1024
 
 
-def create(workspace: Workspace, spec: TrainSpec | CaptionSpec | SearchSpec) -> Path:
+def create(workspace: Workspace, spec: TrainSpec | CaptionSpec | SearchSpec | SweepSpec) -> Path:
     """A new run folder holding `spec`, whole or absent. Returns its path."""
     workspace.runs.mkdir(parents=True, exist_ok=True)
     folder = workspace.runs / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
@@ -47,18 +48,18 @@ def create(workspace: Workspace, spec: TrainSpec | CaptionSpec | SearchSpec) -> 
 def spec_of(folder: Path) -> TrainSpec:
     """The spec of a training run. Raises SpecError when someone broke it, and RunError when the run trains nothing."""
     if not trains(folder):
-        raise RunError("run.captions" if writes_captions(folder) else "run.search", id=folder.name)
+        raise RunError({"captions": "run.captions", "search": "run.search", "sweep": "run.sweep"}[kind_of(folder)], id=folder.name)
     return settings.load(folder / "spec.yaml")
 
 
 @lru_cache(maxsize=1024)
 def kind_of(folder: Path) -> str:
-    """What a run does: train, captions, or search. (What was asked for never changes.)"""
+    """What a run does: train, captions, search, or sweep. (What was asked for never changes.)"""
     try:
         kind = settings.read_tree(folder / "spec.yaml").get("kind")
     except (StudioError, OSError, ValueError):
         return "train"
-    return kind if kind in ("captions", "search") else "train"
+    return kind if kind in ("captions", "search", "sweep") else "train"
 
 
 def trains(folder: Path) -> bool:

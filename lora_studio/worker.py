@@ -139,6 +139,10 @@ def _train(folder: Path, desk: RunDesk) -> None:
         from lora_studio.inference import captioning
 
         return captioning.run(folder, desk)
+    if runs.kind_of(folder) == "sweep":
+        from lora_studio.training import many
+
+        return many.run(folder, desk)
     if not runs.trains(folder):
         from lora_studio.inference import searching
 

@@ -171,6 +171,21 @@ def test_flux_by_its_makers_names_is_the_same(tmp_path):
     assert one.card.format == "native" and all(torch.allclose(one.modules[name].delta() / 2, other.modules[name].delta()) for name in other.modules)
 
 
+def test_flux_by_onetrainers_names_is_the_same_and_its_embeddings_are_refused_by_name(tmp_path):
+    one = adapters.read({adapters.WEIGHTS: save(flux_file())})
+    tensors = {}
+    for name, module in one.modules.items():
+        stem = f"lora_transformer_{name.replace('.', '_')}"
+        tensors |= {f"{stem}.lora_down.weight": module.A, f"{stem}.lora_up.weight": module.B.contiguous(), f"{stem}.alpha": torch.tensor(module.scale * module.rank)}
+    save_file({name: value.contiguous().clone() for name, value in tensors.items()}, tmp_path / "onetrainer.safetensors")
+    other = adapters.read(tmp_path / "onetrainer.safetensors")
+    assert one.modules.keys() == other.modules.keys() and len(one.modules) > 10
+    assert all(torch.equal(one.modules[name].delta(), other.modules[name].delta()) for name in one.modules)
+    save_file({**{name: value.contiguous().clone() for name, value in tensors.items()}, "bundle_emb.word.t5": torch.ones(1, 4)}, tmp_path / "bundle.safetensors")
+    with pytest.raises(AdapterError, match=r"bundle_emb\.word"):
+        adapters.read(tmp_path / "bundle.safetensors")
+
+
 def test_z_image_for_comfy_keeps_its_names_and_a_fused_layer_becomes_three(tmp_path):
     draw = {"layers.0.attention.to_q": (4, 4), "layers.0.feed_forward.w1": (8, 4), "noise_refiner.0.attention.qkv": (12, 4), "layers.0.attention.out": (4, 4)}
     tensors = {f"diffusion_model.{name}.lora_{part}.weight": torch.randn(*((2, shape[1]) if part == "A" else (shape[0], 2))) for name, shape in draw.items() for part in "AB"}

@@ -71,6 +71,15 @@ def test_each_rank_of_a_mix_takes_the_layers_of_all_its_parts(workspace, base):
     assert exports.width(workspace, ids) == meant > exports.width(workspace, ids[:1])
 
 
+def test_the_room_of_a_mix_is_that_of_the_layers_it_changes(workspace, base):
+    left, right = (library.add(workspace, tiny.adapter_files(base, seed=seed, rank=rank), {"name": str(seed)}) for seed, rank in ((1, 2), (2, 3)))
+    whole = exports.room(workspace, [(left, 1.0), (right, 0.5)])
+    assert whole == (5, exports.width(workspace, [left])) and exports.room(workspace, [(left, 0.0)]) == (0, 0)
+    apart = [(left, {"model.layers.1": 0.0}), (right, {"": 0.0, "model.layers.1": 2.0})]
+    assert exports.room(workspace, apart) == (3, whole[1]), "where each acts alone the ranks do not add"
+    assert exports.room(workspace, [(left, {"model.layers.0": 0.0})]) == (2, whole[1] // 2)
+
+
 def test_what_cannot_be_exported_leaves_nothing_and_what_is_old_or_not_there_is_not_found(workspace, worded):
     with pytest.raises(StudioError, match="for adapters of image models"):
         exports.make(workspace, worded, form="kohya", dtype="float32")

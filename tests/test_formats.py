@@ -1,6 +1,7 @@
 """Exports: every form is what the adapter is, by its own loader, and the report says how near and what is not carried."""
 
 import json
+from pathlib import Path
 
 import diffusers
 import peft
@@ -10,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lora_studio import adapters, bases, blend, formats, library
+from lora_studio.adapters.files import LINEAGE, read_metadata
 from lora_studio.errors import AdapterError, StudioError
 from lora_studio.inference import exporting, flux_files
 from lora_studio.jobs import bench
@@ -49,6 +51,8 @@ def test_the_file_of_an_image_adapter_is_the_adapter_in_a_stock_pipeline(pipelin
     got, meant = updates(fresh), adapters.read(library.adapter_folder(workspace, id)).modules
     assert got.keys() == meant.keys() and any(name.startswith("text_encoder.") for name in got)
     assert all((got[name] - meant[name].delta()).norm() < limit * meant[name].delta().norm() for name in meant)
+    said = json.loads(read_metadata(Path(told["target"]).read_bytes())[LINEAGE])
+    assert (said["made"], said["form"], said["parents"][0]["sha256"]) == ("export", form, library.card(workspace, id)["sha256"])
     if form == "kohya":
         with safe_open(told["target"], "pt") as file:
             names = set(file.keys())

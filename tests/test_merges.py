@@ -9,6 +9,7 @@ import transformers
 import yaml
 
 from lora_studio import adapters, blend, library, merges, merging, ranks, shelf
+from lora_studio.adapters.files import LINEAGE, NESTED, read_metadata, reheaded
 from lora_studio.errors import BlendError
 from lora_studio.jobs import bench
 from lora_studio.lowrank import LowRank
@@ -246,3 +247,50 @@ def test_on_the_command_line(one_bench, base):
     assert {"both", "arc", "small"} <= {child["name"] for child in shown["children"]}
     assert [parent["name"] for parent in json.loads(command("inspect", "both", "--json").stdout)["parents"]] == ["left", "right"]
     assert "children:" in command("inspect", one).stdout and "family: " in command("inspect", told["id"]).stdout and two
+
+
+def told_in(workspace, id) -> dict:
+    """What the header of an adapter's weights says of where it comes from."""
+    weights = (library.adapter_folder(workspace, id) / adapters.WEIGHTS).read_bytes()
+    return json.loads(read_metadata(weights)[LINEAGE])
+
+
+def test_the_file_itself_says_what_it_was_made_of(space, base):
+    one, two = (library.add(space, tiny.adapter_files(base, name=str(base), seed=seed), {"name": f"n{seed}", "base": str(base)}) for seed in (1, 2))
+    hashes = [library.card(space, id)["sha256"] for id in (one, two)]
+    mix, _ = shelf.blend(space, [[one, 0.5], [two, {"": 1.0, "model.layers.0": -0.25}]], name="mix", rank=2)
+    told = told_in(space, mix)
+    assert (told["made"], told["rank"]) == ("blend", 2) and told["versions"].keys() == {"lora_studio", "torch"}
+    assert told["parents"] == [{"name": "n1", "sha256": hashes[0], "weight": 0.5}, {"name": "n2", "sha256": hashes[1], "weight": {"": 1.0, "model.layers.0": -0.25}}]
+    assert told["loss"] == library.card(space, mix)["recipe"]["loss"] > 0
+    both, _ = merges.merge(space, [[one, 1.0], [two, 1.0]], "ties", name="ties", rank=3, density=0.4)
+    assert {key: told_in(space, both)[key] for key in ("made", "how", "rank", "density")} == {"made": "merge", "how": "ties", "rank": 3, "density": 0.4}
+    small, _ = merges.resize(space, both, name="small", rank=2)
+    assert told_in(space, small)["parents"][0]["sha256"] == library.card(space, both)["sha256"]
+    assert str(space.root) not in json.dumps([told_in(space, id) for id in (mix, both, small)])
+
+
+def test_made_again_is_the_same_though_a_parent_has_another_name_now(space, base):
+    one = library.add(space, tiny.adapter_files(base, name=str(base), seed=1), {"name": "one", "base": str(base)})
+    mix, _ = shelf.blend(space, [[one, 0.5]], name="mix")
+    shelf.rename(space, one, "another")
+    assert merges.again(space, mix)[0] == mix and merges.again(space, mix)[1]["identical"]
+    assert len(library.find(space)) == 2
+
+
+def test_a_nested_adapter_is_cut_exactly_and_no_other_is_cut(space, base):
+    files = tiny.adapter_files(base, name=str(base), seed=4, rank=6)
+    nested = {**files, adapters.WEIGHTS: reheaded(files[adapters.WEIGHTS], metadata={NESTED: "true"})}
+    id = library.add(space, nested, {"name": "nested", "base": str(base)})
+    plain = add(space, base, "plain", seed=5)
+    assert adapters.inspect(library.adapter_folder(space, id)).nested
+    cut, told = merges.resize(space, id, name="cut", rank=2, slice=True)
+    meant, got = modules(space, id), modules(space, cut)
+    for name, module in meant.items():
+        assert torch.allclose(got[name].delta(), module.scale * module.B[:, :2] @ module.A[:2], atol=1e-12, rtol=0)
+    assert told["ranks"] == [2, 2] and library.card(space, cut)["recipe"]["resize"]["slice"] is True
+    assert merges.again(space, cut)[1]["identical"]
+    with pytest.raises(BlendError, match="was not trained to be cut"):
+        merges.resize(space, plain, name="other", rank=2, slice=True)
+    with pytest.raises(BlendError, match="Give one of the three"):
+        merges.resize(space, id, name="other", loss=0.1, slice=True)

@@ -42,6 +42,13 @@ def test_the_table_of_families_in_the_readme_is_the_code():
     assert shown == families_table(), "write it again: python -m tests.test_readme"
 
 
+def test_the_table_of_methods_in_the_readme_is_the_code():
+    from lora_studio.spec import abilities
+
+    shown = re.search(r"<!-- methods -->\n(.*?)\n<!-- end -->", README, re.DOTALL)[1]
+    assert shown == abilities.table(), "write it again: python -m tests.test_readme"
+
+
 def test_the_tree_in_the_readme_is_the_code():
     shown = re.search(r"## A tour of the code\n\n```\n(.*?)\n```", README, re.DOTALL)[1]
     assert shown == tree(), "write the tree again: python -m tests.test_readme"
@@ -79,6 +86,9 @@ def test_the_top_level_is_what_it_should_be():
 
 
 if __name__ == "__main__":
+    from lora_studio.spec import abilities
+
     text = re.sub(r"(## A tour of the code\n\n```\n).*?(\n```)", lambda found: found[1] + tree() + found[2], README, flags=re.DOTALL)
     text = re.sub(r"(<!-- families -->\n).*?(\n<!-- end -->)", lambda found: found[1] + families_table() + found[2], text, flags=re.DOTALL)
+    text = re.sub(r"(<!-- methods -->\n).*?(\n<!-- end -->)", lambda found: found[1] + abilities.table() + found[2], text, flags=re.DOTALL)
     (ROOT / "README.md").write_text(text, encoding="utf-8")

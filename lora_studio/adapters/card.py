@@ -37,6 +37,7 @@ class Card:
     task_type: str | None = None
     rslora: bool = False
     fan_in_fan_out: bool = False
+    nested: bool = False
     layers: dict[str, Layer] = field(default_factory=dict)
     targets: tuple[str, ...] = ()
     extras: dict[str, str] = field(default_factory=dict)

@@ -17,6 +17,8 @@ from typing import BinaryIO
 from lora_studio.errors import AdapterError
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+NESTED = "nested_ranks"  # of the header's metadata: its first rows and columns are an adapter of every lower rank
+LINEAGE = "lora_studio"  # of the header's metadata: what the adapter was made of, as JSON
 PICKLED = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib"}
 HEADER_LIMIT, TENSOR_LIMIT, METADATA_LIMIT, CONFIG_LIMIT = 8 << 20, 50_000, 1 << 20, 1 << 20
 SIZES = {
@@ -152,13 +154,30 @@ def refuse_strangers(label: str, head: bytes, size: int) -> None:
 
 
 def reheaded(weights: bytes, new: Callable[[str], str] = str, metadata: dict[str, str] | None = None) -> bytes:
-    """A safetensors file with other names and metadata in its header, in a fixed order (the library's own order of metadata is random)."""
+    """A safetensors file with other names and more metadata in its header, in a fixed order (the library's own order of metadata is random)."""
     (length,) = struct.unpack("<Q", weights[:8])
     header = json.loads(weights[8 : 8 + length])
     entries = {new(name): entry for name, entry in header.items() if name != "__metadata__"}
-    text = json.dumps({"__metadata__": {"format": "pt", **(metadata or {})}, **entries}, separators=(",", ":")).encode()
+    told = {**header.get("__metadata__", {}), "format": "pt", **(metadata or {})}
+    text = json.dumps({"__metadata__": dict(sorted(told.items())), **entries}, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text + weights[8 + length :]
+
+
+def read_metadata(weights: bytes) -> dict[str, str]:
+    """What the header of a safetensors file says beside its tensors."""
+    (length,) = struct.unpack("<Q", weights[:8])
+    return json.loads(weights[8 : 8 + length]).get("__metadata__", {})
+
+
+def are_same_tensors(left: bytes, right: bytes) -> bool:
+    """Whether two safetensors files hold the same tensors, byte for byte, whatever else their headers say."""
+    found = []
+    for weights in (left, right):
+        (length,) = struct.unpack("<Q", weights[:8])
+        header = json.loads(weights[8 : 8 + length])
+        found.append(({name: entry for name, entry in header.items() if name != "__metadata__"}, memoryview(weights)[8 + length :]))
+    return found[0] == found[1]
 
 
 def read_header(label: str, file: BinaryIO, size: int) -> Header:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from lora_studio.adapters import config as configs
 from lora_studio.adapters import dialects, experts, images, lycoris, natives
 from lora_studio.adapters.card import Adapter, Card, Layer
-from lora_studio.adapters.files import FLOATS, Entry, Header, locate, parse_json, read_header, shown
+from lora_studio.adapters.files import FLOATS, NESTED, Entry, Header, locate, parse_json, read_header, shown
 from lora_studio.errors import AdapterError, Problem
 
 if TYPE_CHECKING:
@@ -109,6 +109,7 @@ def _card(label: str, header: Header, raw: bytes | None, given: dict | None) -> 
         task_type=config.task_type,
         rslora=config.use_rslora,
         fan_in_fan_out=config.fan_in_fan_out,
+        nested=NESTED in header.metadata,
         layers=layers,
         targets=tuple(sorted({name.rsplit(".", 1)[-1] for name in layers})),
         extras=found.extras,

@@ -5,7 +5,7 @@ from pathlib import Path
 from lora_studio import adapters, bases, checkpoints
 from lora_studio.errors import BenchError
 from lora_studio.inference import reshaping
-from lora_studio.inference.blends import parents_of, put
+from lora_studio.inference.blends import parents_of, put, stamped
 from lora_studio.inference.requests import argument, base_of
 
 EVERY = 1 << 26  # bytes between two reports
@@ -63,6 +63,7 @@ def extract(reader, job, request: dict) -> tuple[str, dict]:
 
     found = checkpoints.extract(tuned, before, rank=request.get("rank"), loss=request.get("loss"), report=report)
     files = adapters.write(adapters.with_modules(adapters.Card("peft", base=base.id, revision=base.revision), found.modules))
+    files = stamped(files, {"made": "extract", "rank": request.get("rank"), "allowed": request.get("loss"), "loss": found.loss}, [])
     put(target, files)
     ranks = sorted(module.rank for module in found.modules.values())
     told = {"loss": found.loss, "layers": len(ranks), "ranks": [ranks[0], ranks[-1]], "left_out": list(found.left_out)}

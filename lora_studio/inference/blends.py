@@ -1,6 +1,7 @@
 """Adapters on the bench: read once, checked, previewed as a blend, blended and written."""
 
 import hashlib
+import json
 import os
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -9,8 +10,10 @@ from pathlib import Path
 
 import torch
 
+import lora_studio
 from lora_studio import adapters, bases, blend, durable
 from lora_studio.adapters import files as adapter_files
+from lora_studio.adapters.files import LINEAGE, reheaded
 from lora_studio.checkpoints.numbers import one_thread
 from lora_studio.errors import AdapterError, BaseModelError, BenchError, MachineError, Problem, StudioError
 from lora_studio.inference.requests import argument, base_of, one_of
@@ -51,7 +54,7 @@ class Reader:
             card = locals().get("card")
             problems = [*(card.problems if card else ()), Problem("", str(error))]
         if card is not None and card.layers and card.is_usable:
-            problems += self._misfits(card, _label(path), request.get("base"))
+            problems += self._misfits(card, label_of(path), request.get("base"))
         return "result", {
             "card": _plain(card) if card else None,
             "problems": [vars(problem) for problem in problems],
@@ -117,10 +120,10 @@ class Reader:
         job.doing = "measuring the loss"
         got = {name: module.cast(torch.float64) for name, module in adapters.read(files).modules.items()}
         loss = blend.difference(got, meant)
-        extra = _texts(request.get("files"), files)
+        extra, parents = _texts(request.get("files"), files), parents_of(parts)
+        files = stamped(files, {"made": "blend", "rank": rank, "loss": loss.overall}, parents)
         job.check()
         put(target, {**files, **extra})
-        parents = parents_of(parts)
         size = sum(len(data) for data in files.values())
         return "result", {
             "loss": loss.overall, "layers": loss.layers, "rank": max(module.rank for module in got.values()), "bytes": size, "parents": parents,
@@ -138,7 +141,7 @@ class Reader:
             job.doing = "reading the adapters"
             weight = check(row[1])
             id, adapter = self._adapter(row[0])
-            found.append(Part(id, Path(row[0]), str(row[2]) if len(row) == 3 else _label(row[0]), weight, adapter))
+            found.append(Part(id, Path(row[0]), str(row[2]) if len(row) == 3 else label_of(row[0]), weight, adapter))
         names = [part.name if [other.name for other in found].count(part.name) == 1 else str(part.path) for part in found]
         cards = {name: part.adapter.card for name, part in zip(names, found)}
         prints = {name: print for name, card in cards.items() if (print := _print_of_base(card.base))}
@@ -178,7 +181,7 @@ def _angles(products: torch.Tensor) -> tuple[list[float], list[list[float]]]:
     return norms.tolist(), cosines.tolist()
 
 
-def _label(path: str) -> str:
+def label_of(path: str) -> str:
     """What to call an adapter that was given no name: its folder, or for `adapter` the folder above."""
     place = Path(path)
     return place.parent.name if place.name == "adapter" and place.parent.name else place.name
@@ -216,10 +219,24 @@ def other_base(part: Part, base: str) -> str:
 
 def parents_of(parts: list[Part]) -> list[dict]:
     """What is recorded of the adapters that something is made of."""
-    return [{"path": str(part.path), "name": part.name, "weight": part.weight, "sha256": _digest(part.path)} for part in parts]
+    return [{"path": str(part.path), "name": part.name, "weight": part.weight, "sha256": digest(part.path)} for part in parts]
 
 
-def _digest(path: Path) -> str:
+def stamped(files: dict[str, bytes], how: dict, parents: list[dict]) -> dict[str, bytes]:
+    """An adapter's files with what it was made of in the header of its weights: the recipe, the parents' content hashes and weights, the
+    error, and the versions it was made with. No path of this machine is in it."""
+    return {**files, adapters.WEIGHTS: reheaded(files[adapters.WEIGHTS], metadata=lineage(how, parents))}
+
+
+def lineage(how: dict, parents: list[dict]) -> dict[str, str]:
+    """What a header says of where its tensors come from."""
+    known = [{key: parent[key] for key in ("name", "sha256", "weight")} for parent in parents]
+    told = {**how, "parents": known, "versions": {"lora_studio": lora_studio.__version__, "torch": torch.__version__}}
+    return {LINEAGE: json.dumps(told, sort_keys=True, ensure_ascii=False)}
+
+
+def digest(path: Path) -> str:
+    """The content hash of an adapter's weights."""
     with open(adapter_files.locate(path).weights, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -8,7 +8,7 @@
     bake      base, parts, [target], [dtype], [files]             result or done: bytes, changed, loss, worst, notes, parents
     extract   tuned, base, [rank], [loss], target                 done: loss, layers, ranks, left_out, bytes
     export    path, target, form, [base], [dtype], [name]         result: modules, layers, worst, bytes, by, lost, target
-    resize    path, rank or loss, [per_layer] or size, target     result: loss, rank, ranks, clamped, left_out, bytes, parents
+    resize    path, rank or loss, [per_layer], [slice] or size, target     result: loss, rank, ranks, clamped, left_out, bytes, parents
     merge     how, parts, [rank], target, [density], [seed], ...  result: loss, rank, layers, bytes, parents
     judge     parts                                               result: what conflicts.judge says
     load      base, device, lock, [precision]                     result: what status says
@@ -16,6 +16,7 @@
               [seed, temperature, top_p, longest, template]
     draw      like load, and prompt, target, parts or sides,      done: sides (path, active), seconds
               [seed, steps, guidance, width, height, source]
+    measure   like load, and parts, [rounds]                      result: base, unmerged, merged (ms), rounds, of, off
     unload    [run, device, hold, reason]                         result: unloaded
 
 `parts` is a list of [path, weight] or [path, weight, name]; a weight is a number, or numbers by layer pattern (weights.py). `sides` is {name: parts}: several answers to the same messages with the
@@ -32,7 +33,7 @@ import torch
 
 from lora_studio import bases, durable
 from lora_studio.errors import BenchError
-from lora_studio.inference import baking, exporting, judging, reshaping, room
+from lora_studio.inference import baking, exporting, judging, reshaping, room, timing
 from lora_studio.inference.blends import Part, Reader, other_base
 from lora_studio.inference.requests import argument, base_of, one_of
 from lora_studio.weights import Weight, acts, plus
@@ -83,9 +84,9 @@ class Desk:
         conversation = messages if isinstance(messages, dict) else dict.fromkeys(sides, messages)
         one_of("template", template, ("auto", "chatml"))
         manner = Manner(**{name: request[name] for name in ("seed", "temperature", "top_p", "longest") if name in request})
-        parts = self._prepared(job, request, sides, "language")
+        parts = self.prepared(job, request, sides, "language")
         started = time.perf_counter()
-        weights = {side: self._hang(found) for side, found in parts.items()}
+        weights = {side: self.hang(found) for side, found in parts.items()}
         applied = time.perf_counter() - started
         spoken = {
             side: self.shelf.answer(conversation[side], weights=weights[side], manner=manner, template=template)
@@ -119,10 +120,10 @@ class Desk:
         sides, prompt, target = _sides(request), argument(request, "prompt", str), Path(argument(request, "target", str))
         brush = Brush(**{name: request[name] for name in ("seed", "steps", "guidance", "width", "height") if name in request})
         source = Path(argument(request, "source", str)) if request.get("source") else None
-        parts = self._prepared(job, request, sides, "image")
+        parts = self.prepared(job, request, sides, "image")
         started, told, job.doing = time.perf_counter(), {}, "drawing"
         for side in sides:
-            weights = {id: weight for id, weight in self._hang(parts[side]).items() if acts(weight)}
+            weights = {id: weight for id, weight in self.hang(parts[side]).items() if acts(weight)}
 
             def step(number: int, side=side) -> None:
                 job.check()
@@ -134,7 +135,7 @@ class Desk:
             job.send("picture", side=side, path=str(path))
         return "done", {"sides": told, "seconds": time.perf_counter() - started, "loads": self.loads}
 
-    def _prepared(self, job, request: dict, sides: dict, kind: str) -> dict[str, list[Part]]:
+    def prepared(self, job, request: dict, sides: dict, kind: str) -> dict[str, list[Part]]:
         """The adapters of every side, read, and the model, loaded; what is worth a word is said. Raises StudioError."""
         parts = {side: self.reader.parts(job, rows) for side, rows in sides.items()}
         is_image = bool(bases.inspect(base_of(request.get("base"))).pipeline)
@@ -147,7 +148,7 @@ class Desk:
                 job.send("note", sentence=sentence)
         return parts
 
-    def _hang(self, parts: list[Part]) -> dict[str, Weight]:
+    def hang(self, parts: list[Part]) -> dict[str, Weight]:
         """Put what is missing on the shelf, and take off what was not used for long. Returns the weights."""
         weights: dict[str, Weight] = {}
         for part in parts:
@@ -260,11 +261,12 @@ VERBS = {
     "bake": (_of_reader(baking.bake), "base parts target dtype files merge"),
     "extract": (_of_reader(baking.extract), "tuned base rank loss target"),
     "export": (_of_reader(exporting.export), "path base target form dtype name"),
-    "resize": (_of_reader(reshaping.resize), "path rank loss per_layer size target"),
+    "resize": (_of_reader(reshaping.resize), "path rank loss per_layer size slice target"),
     "merge": (_of_reader(reshaping.merge), "how parts rank density seed gamma epsilon space target"),
     "judge": (_of_reader(judging.judge), "parts"),
     "load": (Desk.load, "base device lock precision"),
     "answer": (Desk.answer, ANSWER),
     "draw": (Desk.draw, "base device lock precision prompt target parts sides seed steps guidance width height source"),
+    "measure": (timing.measure, "base device lock precision parts rounds"),
     "unload": (Desk.unload, "run device hold reason"),
 }

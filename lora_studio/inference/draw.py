@@ -73,8 +73,8 @@ class Easel(Hooks):
             for layer, module in getattr(self.pipeline, name).named_modules()
         }
 
-    def _layer(self, name: str) -> torch.nn.Module | None:
-        return self.encoders.get(name) or super()._layer(name)
+    def layer_of(self, name: str) -> torch.nn.Module | None:
+        return self.encoders.get(name) or super().layer_of(name)
 
     def draw(self, prompt: str, brush: Brush, target: Path, *, weights: dict[str, Weight], step: Callable[[int], None], source: Path | None = None) -> Path:
         """Draw a picture into the folder `target`, its settings inside the file. `step` is told each step's number and may raise to stop.

@@ -17,8 +17,10 @@ from safetensors.torch import load, save
 
 from lora_studio import adapters, bases, blend, durable
 from lora_studio.adapters import dialects, gguf_files, pipeline_files
+from lora_studio.adapters.files import LINEAGE, read_metadata, reheaded
 from lora_studio.errors import AdapterError, BaseModelError, MachineError
 from lora_studio.inference import flux_files
+from lora_studio.inference.blends import digest, label_of, lineage
 from lora_studio.inference.requests import argument, base_of, one_of
 from lora_studio.lowrank import LowRank
 
@@ -51,7 +53,9 @@ def export(reader, job, request: dict) -> tuple[str, dict]:
     if form == "gguf":
         told = _gguf(adapter, base, target, dtype, str(request.get("name") or ""))
     else:
+        own = lineage({"made": "export", "form": form, "dtype": dtype}, [{"name": label_of(path), "sha256": digest(Path(path)), "weight": 1.0}])
         files = adapters.write(adapter, dtype=dtype)
+        files[adapters.WEIGHTS] = reheaded(files[adapters.WEIGHTS], metadata=own)
         job.check()
         told = _peft(adapter, files, target, dtype) if form == "peft" else _of_images(adapter, files, base, target, form, dtype)
     rank = max(module.rank for module in adapter.modules.values())
@@ -107,6 +111,8 @@ def _of_images(adapter, files: dict[str, bytes], base, target: Path, form: str, 
         data = save(made, {"format": "pt", "ss_network_module": "networks.lora_flux", "ss_base_model_version": "flux1"})
     elif form == "kohya":
         data = _kohya(load(data), adapter, info.pipeline if info else "", part)
+
+    data = reheaded(data, metadata={LINEAGE: read_metadata(files[adapters.WEIGHTS])[LINEAGE]})
 
     def opened(place: Path) -> dict[str, LowRank]:
         file = place / pipeline_files.NAME

@@ -39,7 +39,7 @@ class Hooks:
 
     def put(self, id: str, modules: dict[str, LowRank], *, label: str = "The adapter") -> None:
         """Hang an adapter on the layers; it has no weight yet. Raises AdapterError, and then nothing was hung."""
-        places = {name: self._layer(name) for name in modules}
+        places = {name: self.layer_of(name) for name in modules}
         strangers = [name for name, layer in places.items() if layer is None]
         count, base = len(strangers), self.id
         if strangers and count == len(modules):
@@ -65,7 +65,7 @@ class Hooks:
         for parts in self._parts.values():
             parts.pop(id, None)
 
-    def _layer(self, name: str) -> torch.nn.Module | None:
+    def layer_of(self, name: str) -> torch.nn.Module | None:
         """The layer an adapter means; checkpoints and models may differ in the first words of a name."""
         if name in self.layers:
             return self.layers[name]

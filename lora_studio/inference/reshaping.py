@@ -8,7 +8,7 @@ import torch
 from lora_studio import adapters, blend, merging, ranks
 from lora_studio.checkpoints.whole import Whole
 from lora_studio.errors import BenchError, BlendError
-from lora_studio.inference.blends import Part, one_thread, parents_of, put
+from lora_studio.inference.blends import Part, one_thread, parents_of, put, stamped
 from lora_studio.inference.requests import argument
 from lora_studio.weights import Weight, in_words, of, times
 
@@ -19,6 +19,7 @@ OBEYS = {
     "slerp": (), "subtract": (), "orthogonal": ("space",), "knots": ("density",), "magnitude": ("density",), "ties": ("density",),
     "dare": ("density", "seed"), "della": ("density", "seed", "epsilon"), "breadcrumbs": ("density", "gamma"),
 }  # fmt: skip
+RESIZES = ("rank", "loss", "size")
 SETTINGS = ("density", "seed", "gamma", "epsilon", "space")
 
 
@@ -26,18 +27,21 @@ SETTINGS = ("density", "seed", "gamma", "epsilon", "space")
 def resize(reader, job, request: dict) -> tuple[str, dict]:
     """One adapter at other ranks: `rank` for all layers, the `loss` that is allowed (of the whole, or with `per_layer` of each layer), or
     the `size` of the weights in bytes. Each layer keeps its own rank in the file."""
-    asked = [name for name in ("rank", "loss", "size") if request.get(name) is not None]
-    if len(asked) != 1 or (request.get("per_layer") and asked != ["loss"]):
+    asked = [name for name in RESIZES if request.get(name) is not None]
+    if len(asked) != 1 or (request.get("per_layer") and asked != ["loss"]) or (request.get("slice") and asked != ["rank"]):
         raise BlendError("resize.how")
     target = _target(request)
     parts = reader.parts(job, [[argument(request, "path", str), 1.0]], least=1)
     meant = {name: module.cast(torch.float64) for name, module in parts[0].adapter.modules.items()}
     job.doing = "choosing the ranks"
+    if request.get("slice") and not parts[0].adapter.card.nested:
+        raise BlendError("resize.slice", name=parts[0].name)
     small = _resized(meant, request, asked[0])
     job.check()
     if {name: module.rank for name, module in small.items()} == {name: module.rank for name, module in meant.items()}:
         raise BlendError("resize.same", name=parts[0].name, rank=max(module.rank for module in meant.values()))
-    told = _written(job, target, parts, small, meant, even=False)
+    asked_for = {name: request[name] for name in (*RESIZES, "per_layer", "slice") if request.get(name) is not None}
+    told = _written(job, target, parts, small, meant, how={"made": "resize", **asked_for}, even=False)
     rank = request.get("rank")
     clamped = sum(module.rank < rank for module in small.values()) if rank else 0
     found = sorted(module.rank for module in small.values())
@@ -46,7 +50,9 @@ def resize(reader, job, request: dict) -> tuple[str, dict]:
 
 def _resized(meant: blend.Modules, request: dict, asked: str) -> blend.Modules:
     """The compressed updates. Raises BlendError."""
-    if asked == "rank":
+    if request.get("slice"):
+        small = ranks.sliced(meant, request["rank"])
+    elif asked == "rank":
         small = blend.compress(meant, request["rank"])[0]
     elif asked == "loss":
         chosen = ranks.per_layer(meant, request["loss"]) if request.get("per_layer") else ranks.shared(meant, request["loss"])
@@ -75,13 +81,13 @@ def merge(reader, job, request: dict) -> tuple[str, dict]:
         raise BlendError("blend.rank", rank=repr(rank)[:40])
     target = _target(request)
     parts = reader.parts(job, request.get("parts"), least=2)
-    job.doing = f"merging by {how}"
+    job.doing, recipe = f"merging by {how}", {"made": "merge", "how": how, "rank": rank, **settings}
     if how in FACTORS:
         meant = _in_factors(how, [part.adapter.modules for part in parts], [part.weight for part in parts], settings)
         small = meant if rank is None else blend.compress(meant, rank)[0]
-        return "result", _written(job, target, parts, small, meant)
+        return "result", _written(job, target, parts, small, meant, how=recipe)
     small, known = _approximated(job, parts, merging.Recipe(how, **settings), rank)
-    told = _written(job, target, parts, small, small)
+    told = _written(job, target, parts, small, small, how=recipe)
     return "result", {**told, **known}
 
 
@@ -148,7 +154,7 @@ def _target(request: dict) -> Path:
     return target
 
 
-def _written(job, target: Path, parts: list[Part], modules: blend.Modules, meant: blend.Modules, *, even: bool = True) -> dict:
+def _written(job, target: Path, parts: list[Part], modules: blend.Modules, meant: blend.Modules, *, how: dict, even: bool = True) -> dict:
     """Write the folder, and measure the loss of its very bytes against what was meant."""
     job.check()
     files = adapters.write(adapters.with_modules(parts[0].adapter.card, modules), even=even)
@@ -156,7 +162,8 @@ def _written(job, target: Path, parts: list[Part], modules: blend.Modules, meant
     got = {name: module.cast(torch.float64) for name, module in adapters.read(files).modules.items()}
     loss = blend.difference(got, {name: module.cast(torch.float64) for name, module in meant.items()})
     job.check()
-    put(target, files)
     parents = parents_of(parts)
+    files = stamped(files, {**how, "loss": loss.overall}, parents)
+    put(target, files)
     rank, size = max(module.rank for module in got.values()), len(files[adapters.WEIGHTS])
     return {"loss": loss.overall, "layers": loss.layers, "rank": rank, "bytes": size, "parents": parents}

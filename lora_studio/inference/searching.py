@@ -116,8 +116,8 @@ class Places(Hooks):
             encoder.get_base_model = lambda encoder=encoder: encoder  # nothing is wrapped around it, as there is in training
             self.encoders |= {f"{name}.{layer.removeprefix('text_model.')}": module for layer, module in encoder.named_modules()}
 
-    def _layer(self, name: str) -> torch.nn.Module | None:
-        return self.encoders.get(name) or super()._layer(name)
+    def layer_of(self, name: str) -> torch.nn.Module | None:
+        return self.encoders.get(name) or super().layer_of(name)
 
 
 def _judging(kind: str):

@@ -110,7 +110,7 @@ def _ends_within(seconds: float) -> bool:
 
 def _exchange(connection: socket.socket, verb: str, arguments: dict, seconds: float) -> Iterator[dict]:
     """Send a request, then give its events up to the last. Raises the error it ends with."""
-    if verb in ("load", "answer", "draw"):
+    if verb in ("load", "answer", "draw", "measure"):
         device = devices.resolve(arguments.get("device") or "auto")
         arguments = {**arguments, "device": device, "lock": str(devices.device_lock(device))}
     with connection:

@@ -51,8 +51,9 @@ class Source(Part):
 class Optim(Part):
     """The optimizer and its rates."""
 
-    kind: Literal["adamw", "adamw_8bit", "adafactor", "sgd"] = "adamw"
-    """The optimizer. adamw is fused; adamw_8bit keeps its state in 8 bits."""
+    kind: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "lion", "lion_8bit", "muon", "prodigy", "adafactor", "sgd"] = "adamw"
+    """The optimizer. adamw is fused; 8bit ones keep their state in 8 bits, a paged one moves it to main memory when the GPU is full. prodigy finds
+    its own rate: set lr to 1. muon is for matrices, at rates about ten times higher; lion's are about five times lower."""
     lr: Annotated[float, Field(gt=0, le=100)] = 2e-4
     """The rate of A, and without LoRA+ of B too."""
     lora_plus_ratio: Annotated[float, Field(gt=1, le=1000)] | None = None
@@ -62,9 +63,9 @@ class Optim(Part):
     weight_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Decoupled weight decay of A and B; never of biases and magnitudes."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """AdamW's averaging of gradients; SGD's momentum is this too."""
+    """Averaging of gradients; the momentum of SGD and Muon is this too."""
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    """AdamW's averaging of squared gradients."""
+    """AdamW's and Prodigy's averaging of squared gradients; Lion's slower averaging of gradients."""
     clip: Annotated[float, Field(gt=0)] | None = 1.0
     """The largest norm of a step's gradient; larger ones are scaled down. null never clips."""
 
@@ -100,7 +101,7 @@ class Compute(Part):
     checkpointing: bool = False
     """Gradient checkpointing: less memory, about a third more time."""
     quantize: Literal["none", "8bit", "4bit"] = "none"
-    """Keep an image base in 8 or 4 bits (bitsandbytes, NVIDIA only): half or a quarter of the memory, somewhat slower."""
+    """QLoRA: keep the base in 8 or 4 bits (bitsandbytes): half or a quarter of its memory, slower steps. Image bases need an NVIDIA GPU for it."""
     encoders: Literal["auto", "cpu", "4bit"] = "auto"
     """Where an image model's text encoders work before the first step: auto on the device, cpu in main memory, 4bit on the device in 4 bits."""
     block_swap: Annotated[int, Field(ge=0)] = 0

@@ -5,7 +5,7 @@ from lora_studio.spec.tasks import Part
 
 # Settings outside of task that only one kind of model has a use for. A form hides them from the other.
 OF_LANGUAGE = ("compute.packing", "output.sample_tokens")
-OF_PICTURES = ("compute.quantize", "compute.encoders", "compute.block_swap", "compute.compile")
+OF_PICTURES = ("compute.encoders", "compute.block_swap", "compute.compile")
 
 
 OF_B = ("optim.lora_plus_ratio",)
@@ -33,7 +33,7 @@ def _has_prior(spec) -> bool:
 def needs_gpu(spec) -> list[str]:
     """The settings that an NVIDIA GPU is needed for."""
     compute = spec.compute
-    asked = {"compute.quantize": compute.quantize != "none", "compute.encoders": compute.encoders == "4bit", "compute.block_swap": compute.block_swap > 0}
+    asked = {"compute.quantize": _is_image(spec) and compute.quantize != "none", "compute.encoders": compute.encoders == "4bit", "compute.block_swap": compute.block_swap > 0}
     return [field for field, is_asked in asked.items() if is_asked]
 
 
@@ -161,6 +161,19 @@ NO_EFFECT = [
         "method.init pissa, olora and orthogonal do not go with method.freeze_a. Keep one of them.",
     ),
     (
+        "method.init",
+        lambda spec: getattr(spec.method, "init", "") in ("pissa", "olora", "orthogonal") and spec.compute.quantize != "none",
+        "method.init pissa, olora and orthogonal need the base's own numbers, which a quantised one has not. Set compute.quantize to none, or another init.",
+    ),
+    *(
+        (
+            "method.kind",
+            lambda spec, kind=kind: spec.method.kind == kind and spec.compute.quantize == "4bit",
+            f"method.kind {kind} does not work on a base in 4 bits. Set compute.quantize to 8bit or none, or choose lora.",
+        )
+        for kind in ("loha", "lokr")
+    ),
+    (
         "method.start",
         lambda spec: getattr(spec.method, "start", None) is not None and (spec.method.init != "kaiming" or spec.method.dora),
         "method.start does not go with another method.init or with method.dora: the adapter there is says how it starts. Keep one of them.",
@@ -207,8 +220,23 @@ NO_EFFECT = [
     ),
     (
         "optim.beta2",
-        lambda spec: spec.optim.kind in ("adafactor", "sgd") and changed(spec.optim, "beta2"),
-        "optim.beta2 has an effect on adamw only. Choose adamw, or remove it.",
+        lambda spec: spec.optim.kind in ("adafactor", "sgd", "muon") and changed(spec.optim, "beta2"),
+        "optim.beta2 has no effect on adafactor, sgd and muon. Choose adamw, or remove it.",
+    ),
+    (
+        "optim.kind",
+        lambda spec: spec.optim.kind == "muon" and (spec.method.kind in ("vera", "adalora") or getattr(spec.method, "dora", False)),
+        "optim.kind muon is for matrices, and this method learns vectors. Choose adamw.",
+    ),
+    (
+        "optim.lora_plus_ratio",
+        lambda spec: spec.optim.kind == "prodigy" and spec.optim.lora_plus_ratio is not None,
+        "optim.lora_plus_ratio does not go with optim.kind prodigy, which finds one rate for all. Keep one of them.",
+    ),
+    (
+        "optim.text_encoder_lr",
+        lambda spec: spec.optim.kind == "prodigy" and spec.optim.text_encoder_lr is not None,
+        "optim.text_encoder_lr does not go with optim.kind prodigy, which finds one rate for all. Keep one of them.",
     ),
     (
         "schedule.warmup",

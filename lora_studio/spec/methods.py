@@ -28,7 +28,7 @@ class Lora(Part):
     rslora: bool = False
     """Rank-stabilised scale alpha / sqrt(rank), for high ranks."""
     dora: bool = False
-    """DoRA: direction and length of each row of the weight are learnt apart. Slower; it can be tried and baked, not blended."""
+    """DoRA: direction and length of each row of the weight are learnt apart. Slower; it is published and loaded by PEFT, but not blended or baked here."""
     freeze_a: bool = False
     """LoRA-FA: A stays as it was drawn and only B is learnt, which takes less memory."""
     init: Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora"] = "kaiming"

@@ -17,6 +17,7 @@ from safetensors.torch import load, save
 
 from lora_studio import durable
 from lora_studio.errors import TrainingError
+from lora_studio.training import optim
 
 NAME = re.compile(r"step-(\d{6,})")
 METHOD = "method.safetensors"
@@ -42,18 +43,20 @@ class State:
 def write(folder: Path, parameters: dict[str, torch.Tensor], optimizer, state: State, more: dict[str, torch.Tensor] | None = None) -> Path:
     """Write the checkpoint of `state.step` into the folder of checkpoints, with what the method keeps besides. It is whole and on disk when
     this returns."""
-    tensors, plain = _flatten(optimizer.state_dict()["state"])
     target = folder / f"step-{state.step:06d}"
-    durable.publish_folder(
-        target,
-        {
-            "adapter.safetensors": _bytes(parameters),
-            "optimizer.safetensors": _bytes(tensors),
-            "state.json": json.dumps({"run": asdict(state), "optimizer": plain}, sort_keys=True).encode(),
-            **({METHOD: _bytes(more)} if more else {}),
-        },
-    )
+    durable.publish_folder(target, files(parameters, optimizer, state, more))
     return target
+
+
+def files(parameters: dict[str, torch.Tensor], optimizer, state: State, more: dict[str, torch.Tensor] | None = None, prefix: str = "") -> dict[str, bytes]:
+    """The files of a checkpoint. With a prefix, several adapters have theirs in one folder."""
+    tensors, plain = _flatten(optimizer.state_dict()["state"])
+    return {
+        f"{prefix}adapter.safetensors": _bytes(parameters),
+        f"{prefix}optimizer.safetensors": _bytes(tensors),
+        f"{prefix}state.json": json.dumps({"run": asdict(state), "optimizer": plain, "groups": optim.kept(optimizer)}, sort_keys=True).encode(),
+        **({prefix + METHOD: _bytes(more)} if more else {}),
+    }
 
 
 def _bytes(tensors: dict[str, torch.Tensor]) -> bytes:
@@ -106,32 +109,34 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
     return None, broken
 
 
-def read_state(path: Path) -> State:
+def read_state(path: Path, prefix: str = "") -> State:
     """Where a checkpoint stands."""
-    return State(**json.loads((path / "state.json").read_text(encoding="utf-8"))["run"])
+    return State(**json.loads((path / f"{prefix}state.json").read_text(encoding="utf-8"))["run"])
 
 
-def read_parameters(path: Path) -> dict[str, torch.Tensor]:
+def read_parameters(path: Path, prefix: str = "") -> dict[str, torch.Tensor]:
     """The trainable parameters of a checkpoint by name."""
-    return load((path / "adapter.safetensors").read_bytes())
+    return load((path / f"{prefix}adapter.safetensors").read_bytes())
 
 
-def read_method(path: Path) -> dict[str, torch.Tensor]:
+def read_method(path: Path, prefix: str = "") -> dict[str, torch.Tensor]:
     """What the method of a checkpoint kept besides."""
-    return load((path / METHOD).read_bytes()) if (path / METHOD).is_file() else {}
+    file = path / f"{prefix}{METHOD}"
+    return load(file.read_bytes()) if file.is_file() else {}
 
 
-def restore(path: Path, parameters: dict[str, torch.Tensor], optimizer) -> State:
+def restore(path: Path, parameters: dict[str, torch.Tensor], optimizer, prefix: str = "") -> State:
     """Put a checkpoint's tensors into `parameters` and the optimizer; rates stay those of the spec. Returns its State."""
-    saved = read_parameters(path)
+    saved = read_parameters(path, prefix)
     if {name: value.shape for name, value in saved.items()} != {name: value.shape for name, value in parameters.items()}:
         raise TrainingError("training.resume_changed", changes="its adapter has other layers or another rank than the spec")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(saved[name])
-    content = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    state = _unflatten({**content["optimizer"], **load((path / "optimizer.safetensors").read_bytes())})
+    content = json.loads((path / f"{prefix}state.json").read_text(encoding="utf-8"))
+    state = _unflatten({**content["optimizer"], **load((path / f"{prefix}optimizer.safetensors").read_bytes())})
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    optim.put_back(optimizer, content.get("groups", []))
     return State(**content["run"])
 
 

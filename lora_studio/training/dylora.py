@@ -13,7 +13,7 @@ import torch
 from lora_studio.spec import TrainSpec
 from lora_studio.training import optim, order
 
-KEY, NESTED = "nested_ranks", "nested_ranks"
+KEY = "nested_ranks"
 
 
 class Ranks:

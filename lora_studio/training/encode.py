@@ -100,9 +100,9 @@ class Encoder:
         return ids[:-1] if ids[-1:] == [self.tokenizer.eos_token_id] else ids
 
 
-def encode_all(spec: TrainSpec, encoder: Encoder, collected: list[rows.Rows]) -> Encoded:
+def encode_all(spec: TrainSpec, encoder: Encoder, collected: list[rows.Rows], fold: tuple[int, int] | None = None) -> Encoded:
     """Every row as tokens, the held-out ones apart. Raises DataError when nothing is left to learn."""
-    train, held_out = hold_out(spec, collected)
+    train, held_out = hold_out(spec, collected, fold)
     encoded = Encoded(train=[[] for _ in train], held_out=[])
     for source, items in enumerate(train):
         for item, place in items:
@@ -119,12 +119,12 @@ def encode_all(spec: TrainSpec, encoder: Encoder, collected: list[rows.Rows]) ->
     return encoded
 
 
-def hold_out(spec: TrainSpec, collected: list[rows.Rows]) -> tuple[list[list[tuple]], list[tuple]]:
+def hold_out(spec: TrainSpec, collected: list[rows.Rows], fold: tuple[int, int] | None = None) -> tuple[list[list[tuple]], list[tuple]]:
     """(item, place) pairs to train on per source, and those held out: the same ones for the same rows and seed, and no
     row that is held out is trained on, not even its double."""
     pool = [(source, item, place) for source, found in enumerate(collected) for item, place in zip(found.items, found.places)]
     found = [rows.fingerprint(item) for _, item, _ in pool]
-    chosen = order.held_out(found, size=spec.validation.size, limit=spec.validation.limit, seed=spec.compute.seed)
+    chosen = order.held_out(found, size=spec.validation.size, limit=spec.validation.limit, seed=spec.compute.seed, fold=fold)
     prints = {found[index] for index in chosen}
     train: list[list[tuple]] = [[] for _ in collected]
     for index, (source, item, place) in enumerate(pool):

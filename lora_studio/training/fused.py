@@ -180,12 +180,18 @@ def _takes(x: Tensor, plan) -> bool:
     return plan is not None and x.dtype == plan[0][0].dtype and not torch.is_autocast_enabled(x.device.type)
 
 
-class _Siblings:
+class Siblings:
     """LoRA linears whose parent calls them one after another with the same input: the first call runs them all.
 
     A waiting output is handed out only for the same tensor, unchanged, in the same grad mode. Members that turn out
-    to be called with other inputs go on alone.
+    to be called with other inputs go on alone. `plan` and `run` are what `routed.py` does in its own way.
     """
+
+    def plan(self, module: lora.Linear):
+        return _linear_plan(module)
+
+    def run(self, x: Tensor, plans: list) -> list[Tensor]:
+        return _apply_lora(x, plans)
 
     def __init__(self, members: list[lora.Linear]):
         self.members, self.given, self.waiting = members, None, {}
@@ -200,18 +206,18 @@ class _Siblings:
             return output
         if self.waiting:  # somebody was not called, or with another input: not siblings after all
             self.members, self.given, self.waiting = [], None, {}
-        plans = [_linear_plan(member) for member in self.members]
+        plans = [self.plan(member) for member in self.members]
         if len(plans) < 2 or not all(_takes(x, plan) for plan in plans):
             return self._alone(module, x)
-        outputs = dict(zip(self.members, _apply_lora(x, plans), strict=True))
+        outputs = dict(zip(self.members, self.run(x, plans), strict=True))
         output = outputs.pop(module)
         self.given, self.waiting = given, outputs
         return output
 
     def _alone(self, module: lora.Linear, x: Tensor, *args, **kwargs) -> Tensor:
-        plan = None if args or kwargs else _linear_plan(module)
+        plan = None if args or kwargs else self.plan(module)
         if _takes(x, plan):
-            return _apply_lora(x, [plan])[0]
+            return self.run(x, [plan])[0]
         return type(module).forward(module, x, *args, **kwargs)
 
 
@@ -285,11 +291,11 @@ def _does(module: nn.Module, known: type) -> bool:
     return forward is not None and all(getattr(forward, part) == getattr(other, part) for part in parts)
 
 
-def _is_plain(module: nn.Module | None) -> bool:
-    return type(module) is lora.Linear and _linear_plan(module) is not None
+def _is_plain(module: nn.Module | None, siblings) -> bool:
+    return type(module) is lora.Linear and siblings([module]).plan(module) is not None
 
 
-def install(model: nn.Module) -> dict[str, int]:
+def install(model: nn.Module, siblings=Siblings) -> dict[str, int]:
     """Put the fast paths into every module they fit; returns how many of each kind, for the log.
 
     Parameters, state_dict keys and the modules themselves stay as they are. `remove` takes it all out again.
@@ -297,29 +303,25 @@ def install(model: nn.Module) -> dict[str, int]:
     counts: Counter[str] = Counter()
     for module in model.modules():
         for names in TOGETHER:
-            joined = _join(module, names)
+            joined = _join(module, names, siblings)
             counts["linear"] += joined
             counts["shared input"] += joined > 0
         if _does(module, LlamaMLP) and type(module.act_fn) in (nn.SiLU, type(ACT2FN["silu"])):
             counts["gated"] += _put(module, _gated)
         if _does(module, LlamaRMSNorm) and not module.weight.requires_grad:
             counts["norm"] += _put(module, _norm)
-    for module in model.modules():
-        if _is_plain(module):
-            counts["linear"] += _put(module, _Siblings([module]))
+    counts["linear"] += sum(_put(module, siblings([module])) for module in model.modules() if _is_plain(module, siblings))
     return {kind: count for kind, count in counts.items() if count}
 
 
-def _join(parent: nn.Module, names: tuple[str, ...]) -> int:
+def _join(parent: nn.Module, names: tuple[str, ...], siblings) -> int:
     """Let those of the named children that are plain LoRA linears run together; how many, if at least two do."""
     members = [getattr(parent, name, None) for name in names]
-    members = [member for member in members if _is_plain(member) and "forward" not in member.__dict__]
+    members = [member for member in members if _is_plain(member, siblings) and "forward" not in member.__dict__]
     if len(members) < 2 or len({member.in_features for member in members}) > 1:
         return 0
-    together = _Siblings(members)
-    for member in members:
-        _put(member, together)
-    return len(members)
+    together = siblings(members)
+    return sum(_put(member, together) for member in members)
 
 
 def remove(model: nn.Module) -> None:
@@ -356,7 +358,7 @@ def keep_memory() -> bool:
 
 
 @contextlib.contextmanager
-def _stirred(model: nn.Module) -> Iterator[None]:
+def stirred(model: nn.Module) -> Iterator[None]:
     """Eval mode and small noise on everything trainable: a fresh B is zero and would hide a wrong adapter path."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     before, training = [parameter.detach().clone() for parameter in trained], model.training
@@ -384,7 +386,7 @@ def self_check(model: nn.Module, documents: list) -> float:
     batch, weight = packed.concatenate(documents, device=next(model.parameters()).device), head_weight(model)
     packed.refuse(model)
     keep = batch.position_ids[0] > 0
-    with _stirred(model):
+    with stirred(model):
         try:
             states = packed.hidden(model, batch)
         except (AttributeError, TypeError) as error:  # a model that looks into its mask meets an object it does not know

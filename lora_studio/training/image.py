@@ -21,6 +21,7 @@ from lora_studio.spec import TrainSpec
 from lora_studio.spec.idle import needs_gpu
 from lora_studio.training import assistants, blocks, fused_image, latents, masks, objectives, order, pairs, priors
 from lora_studio.training.image_families import FAMILIES, Conditions, film
+from lora_studio.training.loop import Pass
 from lora_studio.training.pipelines import load_part, load_pipeline, load_scheduler
 from lora_studio.training.showing import Show, Shown
 from lora_studio.training.text import choose_dtype
@@ -48,11 +49,34 @@ class Group:
     captions: tuple[str, ...] = ()
     source: Tensor | None = None
 
+    @property
+    def shape(self) -> tuple:
+        """What groups must have in common to go through the model together."""
+        tensors = {"latents": self.latents, "weights": self.weights, "masks": self.masks, "source": self.source, **self.conditions}
+        return (self.size, self.shift, *((name, None if value is None else value.shape[1:]) for name, value in sorted(tensors.items())))
+
+
+def joined(groups: list[Group]) -> Group:
+    """Groups of one shape as one."""
+    if len(groups) == 1:
+        return groups[0]
+
+    def all_of(name: str) -> Tensor | None:
+        found = [getattr(group, name) for group in groups]
+        return None if found[0] is None else torch.cat(found)
+
+    conditions = {name: torch.cat([group.conditions[name] for group in groups]) for name in groups[0].conditions}
+    captions = tuple(caption for group in groups for caption in group.captions)
+    parts = {name: all_of(name) for name in ("latents", "noise", "places", "weights", "masks", "source")}
+    return Group(conditions=conditions, size=groups[0].size, shift=groups[0].shift, captions=captions, **parts)
+
 
 class ImageTask:
     """A diffusion model and its pictures, as the loop asks for them."""
 
     unit = "pictures"
+    fold: tuple[int, int] | None = None
+    swap: blocks.Swap | None = None
 
     def __init__(self, spec: TrainSpec, *, device: str, note: Callable[[str], None], folder: Path):
         self.spec, self.device, self.note, self.folder = spec, torch.device(device), note, folder
@@ -60,8 +84,8 @@ class ImageTask:
 
     # ---- before the first step
 
-    def load(self) -> torch.nn.Module:
-        """Look at every picture, make latents and embeddings, and load the part that is trained. Raises StudioError."""
+    def load(self, model: torch.nn.Module | None = None) -> torch.nn.Module:
+        """Look at every picture, make latents and embeddings, and load the part that is trained, unless it is given. Raises StudioError."""
         logging.getLogger("diffusers").setLevel(logging.ERROR)
         self.base = bases.fetch(self.spec.base)
         self.info = bases.inspect(self.spec.base)
@@ -88,12 +112,12 @@ class ImageTask:
             self.texts = Texts(self.base, self.info.pipeline, self.family, device=self.device, dtype=self.dtype)
         if self.family.edit:
             pairs.refuse_halves(self.spec.base.id, collected)
-        self.show = Show(self.spec, collected)
+        self.show = Show(self.spec, collected, self.fold)
         self.train, self.judged, self.counts, self.weights = self.show.train, self.show.judged, self.show.counts, self.show.weights
         self.held_out = len(self.judged)
         self.prints["rows"] = pictures.fingerprint(collected, self.spec.task)
         self._prepare()
-        model = self._part()
+        model = self._part() if model is None else model
         self.objective = self.family.objective(load_scheduler(self.base))
         self.assistant = assistants.of_run(self.spec.base, model, Workspace(self.folder.parent.parent), self.device)
         if self.assistant:
@@ -242,15 +266,34 @@ class ImageTask:
         """The mean squared error of each picture, weighted by its mask, its step and its kind, summed over the pictures."""
         total = torch.zeros((), device=self.device)
         for group in batch:
-            mixed = self.objective.mix(group.latents, group.noise, group.places, self.spec.task.weighting, group.shift)
-            conditions = self._there(self.family.batch(self.texts.embed(model, list(group.captions), self.embedded))) if self.texts else group.conditions
-            conditions = conditions if group.source is None else conditions | {"source": group.source}
-            said = self.family.predict(model, mixed.noisy.to(self.dtype), mixed.times, conditions, group.size)
-            squares = (said.float() - mixed.target).square()
-            errors = squares.flatten(1).mean(1) if group.masks is None else masks.mean(squares, group.masks)
-            weight = mixed.weight if group.weights is None else mixed.weight * group.weights
-            total = total + (errors * weight).sum()
+            total = total + self._errors(model, group).sum()
         return total
+
+    def _errors(self, model: torch.nn.Module, group: Group) -> Tensor:
+        """The weighted error of each picture, (b,)."""
+        mixed = self.objective.mix(group.latents, group.noise, group.places, self.spec.task.weighting, group.shift)
+        conditions = self._there(self.family.batch(self.texts.embed(model, list(group.captions), self.embedded))) if self.texts else group.conditions
+        conditions = conditions if group.source is None else conditions | {"source": group.source}
+        said = self.family.predict(model, mixed.noisy.to(self.dtype), mixed.times, conditions, group.size)
+        squares = (said.float() - mixed.target).square()
+        errors = squares.flatten(1).mean(1) if group.masks is None else masks.mean(squares, group.masks)
+        return errors * (mixed.weight if group.weights is None else mixed.weight * group.weights)
+
+    def passes(self, batches: list[list[Group]]) -> list[Pass]:
+        """Batches of several adapters as one pass for all pictures of a size whose conditions are of one shape."""
+        alike: dict[tuple, list[tuple[int, Group]]] = {}
+        for number, batch in enumerate(batches):
+            for group in batch:
+                alike.setdefault(group.shape, []).append((number, group))
+        return [self._pass(members) for members in alike.values()]
+
+    def _pass(self, members: list[tuple[int, Group]]) -> Pass:
+        groups = [group for _, group in members]
+        sizes = [len(group.latents) for group in groups]
+        return Pass(
+            [(number, size) for (number, _), size in zip(members, sizes)],
+            lambda model: [errors.sum() for errors in self._errors(model, joined(groups)).split(sizes)],
+        )
 
     def sample(self, model: torch.nn.Module, prompt: str, seed: int) -> str:
         """A picture for a prompt, written into samples/; the same weights give the same picture. Returns its name there."""

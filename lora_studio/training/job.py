@@ -29,7 +29,7 @@ def train(folder: Path, desk: loop.Desk) -> None:
     torch.set_num_threads(spec.compute.threads or os.cpu_count() or 1)
     world = _world()
     first = world is None or world.is_main_process
-    device = str(world.device) if world else _device(folder)
+    device = str(world.device) if world else device_of(folder)
 
     def note(sentence: str) -> None:
         if first:
@@ -62,7 +62,7 @@ def _world():
     return Accelerator(cpu=not torch.cuda.is_available())
 
 
-def _device(folder: Path) -> str:
+def device_of(folder: Path) -> str:
     """The device the queue gave this run; it made a single GPU visible, so that one is `cuda:0` here."""
     given = durable.read_json(folder / "card.json", {}).get("device", "cpu")
     return "cuda:0" if given.startswith("cuda") else given
@@ -79,6 +79,7 @@ def _start_facts(trainer: loop.Trainer, task, targets: list[str], fast: str, dev
         "targets": targets,
         "fast": fast,
         "unit": task.unit,
+        "memory": loop.memory_used(device),
     }
 
 
@@ -116,9 +117,10 @@ def _conclude(folder: Path, desk: loop.Desk, trainer: loop.Trainer, outcome: loo
         durable.publish_folder(folder / "adapter", files)
         what = f"adapter of step {at.best_step}, the best one" if outcome.best else "adapter"
         desk.emit("saved", step=at.step, what=what)
-    last = {"step": at.step, "steps": trainer.steps, "loss": at.best_loss if outcome.best else at.validation}
+    last = {"step": at.step, "steps": trainer.steps, "loss": at.best_loss if outcome.best else at.validation, "memory": loop.memory_used(loop.device_of(trainer.model))}
     if outcome.state == "done":
-        desk.emit("note", text=f"It is in the library as {_shelve(folder, trainer, outcome)}.")
+        id = shelve(folder, trainer, outcome, folder / "adapter")
+        desk.emit("note", text=f"It is in the library as {id}.")
         desk.emit("done", **last, adapter_step=at.best_step if outcome.best else at.step, seconds=round(at.seconds, 1), reason=outcome.reason)
     else:
         kept = "saved" if outcome.saved else "nothing new was saved"
@@ -137,8 +139,8 @@ def _judge_ranks(desk: loop.Desk, trainer: loop.Trainer) -> None:
         desk.emit("ranks", step=trainer.at.step, **told)
 
 
-def _shelve(folder: Path, trainer: loop.Trainer, outcome: loop.Outcome) -> str:
-    """Put a finished adapter into the library of its workspace. Returns its id."""
+def shelve(folder: Path, trainer: loop.Trainer, outcome: loop.Outcome, adapter: Path) -> str:
+    """Put the finished adapter in a folder into the library of the run's workspace. Returns its id."""
     spec, at = trainer.spec, outcome.at
     facts = {
         "name": spec.name,
@@ -149,4 +151,4 @@ def _shelve(folder: Path, trainer: loop.Trainer, outcome: loop.Outcome) -> str:
         "metrics": {"step": at.best_step if outcome.best else at.step, "validation_loss": at.best_loss if outcome.best else at.validation},
         "run": folder.name,
     }
-    return library.add(Workspace(folder.parent.parent), folder / "adapter", facts)
+    return library.add(Workspace(folder.parent.parent), adapter, facts)

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -9,8 +10,17 @@ import torch
 
 from lora_studio.errors import MachineError, TrainingError
 from lora_studio.spec import TrainSpec
-from lora_studio.training import checkpoint, optim
+from lora_studio.training import checkpoint, optim, relief
 from lora_studio.training.order import Draw, Plan, Stream, key
+
+
+@dataclass
+class Pass:
+    """One way through the model for batches of several adapters: (batch, rows or tokens of it) along the leading axis, and what gives the
+    summed loss of each of these, with its graph."""
+
+    shares: list[tuple[int, int]]
+    losses: Callable[[torch.nn.Module], list[torch.Tensor]]
 
 
 class Task(Protocol):
@@ -39,6 +49,9 @@ class Task(Protocol):
 
     def loss(self, model, batch: Any) -> torch.Tensor:
         """The loss summed over the batch's units, with its graph."""
+
+    def passes(self, batches: list) -> list[Pass]:
+        """Batches, each of another adapter, in as few passes as their shapes allow."""
 
     def sample(self, model, prompt: str, seed: int) -> str:
         """An answer to a prompt: text, or the name of a picture in samples/."""
@@ -108,20 +121,19 @@ class Trainer:
             if not is_out_of_memory(error):
                 raise
             step = self.at.step + 1
-            raise MachineError("machine.memory", device=_device_of(self.model), step=step, advice=self._advice()) from error
+            raise MachineError("machine.memory", device=device_of(self.model), step=step, advice=relief.advice(self)) from error
 
     def _run(self) -> Outcome:
         self.began = time.monotonic() - self.at.seconds
         if self.at.step == 0:
             self._before()
-        while self.at.step < self.steps and not self._is_patience_over():
+        while not self.is_over:
             outcome = self._step()
             if outcome is not None:
                 return outcome
             best = self._judge()
             self._keep(best)
-        early = f"Stopped early: no better validation loss for {self.spec.validation.patience} validations."
-        return self._finish(early if self.at.step < self.steps else "")
+        return self.finish()
 
     def _before(self) -> None:
         """What the untouched base says and loses: the mark that training is measured against."""
@@ -134,15 +146,26 @@ class Trainer:
     def _step(self) -> Outcome | None:
         """One optimizer step; an Outcome when someone asked to stop before it was complete."""
         started, step = time.monotonic(), self.at.step
-        batches = [self._share(draws) for draws in self.stream.step(step)]
-        self.model.train()
-        self.method.before_step(self.model, step, self.steps)
-        factor = optim.factor(self.spec.schedule, step, self.steps)
-        rates = optim.set_rates(self.optimizer, factor)
+        batches, rates = self.begin()
         loss, size = self._gradients(batches, step)
         if loss is None:
             self.method.abandon(self.model, step, self.steps)
             return self._stop()
+        self.take(loss, size, rates, started)
+        return None
+
+    def begin(self) -> tuple[list[list[Draw]], dict[str, float]]:
+        """Get ready for a step: its rows batch by batch, and the rate of each role."""
+        step = self.at.step
+        batches = [self._share(draws) for draws in self.stream.step(step)]
+        self.model.train()
+        self.method.before_step(self.model, step, self.steps)
+        factor = optim.factor(self.spec.schedule, step, self.steps)
+        return batches, optim.set_rates(self.optimizer, factor)
+
+    def take(self, loss: float, size: int, rates: dict[str, float], started: float) -> None:
+        """The step itself, with the gradients of `loss` that are there. Raises TrainingError before a broken number reaches the weights."""
+        step = self.at.step
         penalty = self.method.penalty(self.model, self.spec)
         if penalty is not None:
             penalty.backward()
@@ -153,7 +176,6 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.at.step, self.at.tokens = step + 1, self.at.tokens + size
         self._report(loss, norm, rates, size, time.monotonic() - started)
-        return None
 
     def _gradients(self, batches: list, step: int) -> tuple[float | None, int]:
         """Add up the gradients of a step, weighted by units over all its batches. Returns the loss per unit and the size of
@@ -213,7 +235,7 @@ class Trainer:
                 grad_norm=norm,
                 **{f"lr_{role}": rate for role, rate in rates.items()},
                 tokens_per_second=round(sum(tokens for _, tokens in self.recent) / max(1e-9, per_step * len(self.recent)), 1),
-                memory=memory_used(_device_of(self.model)),
+                memory=memory_used(device_of(self.model)),
                 seconds_left=round((self.steps - self.at.step) * per_step, 1),
                 epoch=round(self.stream.epoch_at(self.at.step), 3),
             )
@@ -236,8 +258,11 @@ class Trainer:
             self.desk.emit("eval", step=step, loss=loss, best=best)
         return best
 
-    def _is_patience_over(self) -> bool:
-        return self.spec.validation.patience is not None and self.at.waited >= self.spec.validation.patience
+    @property
+    def is_over(self) -> bool:
+        """Whether the last step is made, or patience has run out."""
+        patience = self.spec.validation.patience
+        return self.at.step >= self.steps or (patience is not None and self.at.waited >= patience)
 
     def evaluate(self) -> float:
         """The mean loss per unit over the held-out rows. Touches neither weights nor the draws of training."""
@@ -249,26 +274,33 @@ class Trainer:
     def _keep(self, best: bool) -> None:
         """Write the samples and the checkpoint that are due, or were asked for. The checkpoint comes last: what a run
         reported before it is never reported again by the run that goes on from it."""
-        step = self.at.step
-        last = step == self.steps or self._is_patience_over()
-        if last or step % self.sample_every == 0 or self._asked("sample"):
-            self._sample(step)
-            self.desk.answered("sample")
+        step, last = self.at.step, self.is_over
+        self.show()
         if last or step % self.save_every == 0 or (best and self.spec.validation.keep_best) or self._asked("save"):
             self.save()
             self.desk.answered("save")
+
+    def show(self) -> None:
+        """Write the samples that are due, or were asked for."""
+        if self.is_over or self.at.step % self.sample_every == 0 or self._asked("sample"):
+            self._sample(self.at.step)
+            self.desk.answered("sample")
 
     def save(self) -> None:
         """Write a checkpoint of this step, unless there is one. Refuses weights that are not finite."""
         if not self.first or self.at.step in checkpoint.steps(self.folder):
             return
-        bad = [name for name, value in self.parameters.items() if not bool(torch.isfinite(value).all())]
-        if bad:
-            self._guard(self.at.step - 1, **{f"weight {bad[0]}": math.nan})
+        self.look()
         self.desk.flush()
         checkpoint.write(self.folder, self.parameters, self.optimizer, self.at, self.method.state(self.model))
         checkpoint.prune(self.folder, keep=self.spec.output.keep, best=self.at.best_step or None)
         self.desk.emit("saved", step=self.at.step, what="checkpoint")
+
+    def look(self) -> None:
+        """Raise TrainingError where a weight is not finite."""
+        bad = [name for name, value in self.parameters.items() if not bool(torch.isfinite(value).all())]
+        if bad:
+            self._guard(self.at.step - 1, **{f"weight {bad[0]}": math.nan})
 
     @torch.no_grad()
     def _sample(self, step: int) -> None:
@@ -281,8 +313,13 @@ class Trainer:
             self.desk.emit("sample", step=step, prompt=prompt, answer=self.task.sample(self.model, prompt, seed))
         self.model.train()
 
+    def finish(self) -> Outcome:
+        """The end of the run, and why it came."""
+        early = f"Stopped early: no better validation loss for {self.spec.validation.patience} validations."
+        return self._finish(early if self.at.step < self.steps else "")
+
     def _finish(self, reason: str) -> Outcome:
-        """The end of the run: the best weights where they are wanted."""
+        """The best weights where they are wanted."""
         wanted = self.spec.validation.keep_best and self.task.held_out and self.at.best_step not in (0, self.at.step)
         if wanted:
             self._load_best()
@@ -302,17 +339,6 @@ class Trainer:
             self.save()
         return Outcome("stopped", save, self.at)
 
-    def _advice(self) -> str:
-        """What to change after running out of memory."""
-        size = self.spec.schedule.batch_size
-        smaller = f"Set schedule.batch_size to {max(1, size // 2)} and schedule.accumulate to {self.spec.schedule.accumulate * 2}" if size > 1 else ""
-        other = "" if self.spec.compute.checkpointing else "set compute.checkpointing to true"
-        if self.spec.task.kind == "image":
-            shorter = f"lower task.resolution (now {self.spec.task.resolution}), or set compute.quantize or compute.block_swap"
-        else:
-            shorter = f"lower task.max_length (now {self.spec.task.max_length})"
-        return ", or ".join(part for part in (smaller, other, shorter) if part) + "."
-
 
 @torch.no_grad()
 def evaluate(task: Task, model: torch.nn.Module, *, batch_size: int, seed: int, look=lambda: None) -> float:
@@ -327,7 +353,8 @@ def evaluate(task: Task, model: torch.nn.Module, *, batch_size: int, seed: int, 
     return total / units
 
 
-def _device_of(model: torch.nn.Module) -> str:
+def device_of(model: torch.nn.Module) -> str:
+    """Where a model's numbers are."""
     return str(next(model.parameters()).device)
 
 
@@ -337,9 +364,15 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def memory_used(device: str) -> int:
-    """Bytes in use: the peak on a GPU, the resident size of the process on a CPU."""
+    """Bytes in use at the worst moment so far: what torch held on a GPU, what was resident of the whole process on a CPU."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
-    import psutil
+    import resource
+    import sys
 
-    return psutil.Process().memory_info().rss
+    try:  # getrusage would tell the peak of whoever started this process too, where that was higher
+        status = open("/proc/self/status", encoding="ascii")
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    with status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))

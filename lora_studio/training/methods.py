@@ -13,7 +13,7 @@ from safetensors.torch import save
 
 from lora_studio import adapters
 from lora_studio.adapters import natives, pipeline_files
-from lora_studio.adapters.files import reheaded
+from lora_studio.adapters.files import NESTED, reheaded
 from lora_studio.errors import BaseModelError
 from lora_studio.spec import TrainSpec
 from lora_studio.training import adalora, dylora, optim, order, residual, starts, text_encoders
@@ -108,19 +108,28 @@ def attach_peft(model: torch.nn.Module, spec: TrainSpec, targets: list[str]) -> 
     return wrapped
 
 
-def _attach(model: torch.nn.Module, spec: TrainSpec, targets: list[str], *seed: str) -> peft.PeftModel:
+def attach_beside(model: torch.nn.Module, spec: TrainSpec, targets: list[str], adapter: str) -> peft.PeftModel:
+    """Put a further fresh adapter of that name on a model, as it would start alone. What others are there stay as they are."""
+    return _attach(model, spec, targets, "init", adapter=adapter)
+
+
+def _attach(model: torch.nn.Module, spec: TrainSpec, targets: list[str], *seed: str, adapter: str = ADAPTER) -> peft.PeftModel:
     common = {"target_modules": list(targets), "task_type": None if spec.task.kind == "image" else "CAUSAL_LM"}
     config = CONFIGS[spec.method.kind](spec.method, common)
     torch.manual_seed(order.key(spec.compute.seed, *seed))
     try:
-        wrapped = peft.get_peft_model(model, config, adapter_name=ADAPTER)
+        if isinstance(model, peft.PeftModel):
+            wrapped = model
+            wrapped.add_adapter(adapter, config)
+        else:
+            wrapped = peft.get_peft_model(model, config, adapter_name=adapter)
     except ValueError as error:
         if "arget module" not in str(error):
             raise
         known = sorted({name.rsplit(".", 1)[-1] for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)})
         raise BaseModelError("base.targets", id=spec.base.id, targets=", ".join(targets), known=", ".join(known)) from None
-    wrapped.peft_config[ADAPTER].base_model_name_or_path = spec.base.id  # what people know it by, not a folder here
-    wrapped.peft_config[ADAPTER].revision = spec.base.revision
+    wrapped.peft_config[adapter].base_model_name_or_path = spec.base.id  # what people know it by, not a folder here
+    wrapped.peft_config[adapter].revision = spec.base.revision
     return wrapped
 
 
@@ -132,12 +141,12 @@ def group_parameters(model: torch.nn.Module, spec: TrainSpec) -> list[dict]:
 # ---- finishing
 
 
-def finish_peft(model: torch.nn.Module, spec: TrainSpec) -> dict[str, bytes]:
+def finish_peft(model: torch.nn.Module, spec: TrainSpec, adapter: str = ADAPTER) -> dict[str, bytes]:
     """The files of a PEFT folder: the adapter in fp32 safetensors, and its configuration with sorted keys. Layers of a text encoder are
     in the same file, behind the encoder's name; the configuration is one, because rank and strength are."""
     main, encoders = text_encoders.split(model)
-    tensors = _state(main)
-    config = main.peft_config[ADAPTER].to_dict()
+    tensors = _state(main, adapter)
+    config = main.peft_config[adapter].to_dict()
     config["inference_mode"] = True
     if spec.task.kind == "image":
         config["auto_mapping"] = pipeline_files.made_for(main.get_base_model())
@@ -148,7 +157,7 @@ def finish_peft(model: torch.nn.Module, spec: TrainSpec) -> dict[str, bytes]:
         tensors, config = residual.for_the_untouched_base(model, tensors, config)
     if spec.method.kind == "adalora":
         tensors, config = adalora.as_lora(tensors, config)
-    more = _widths(main) if spec.method.kind in ("vera", "miss") else {dylora.NESTED: "true"} if spec.method.kind == "dylora" else {}
+    more = _widths(main) if spec.method.kind in ("vera", "miss") else {NESTED: "true"} if spec.method.kind == "dylora" else {}
     files = {
         adapters.WEIGHTS: reheaded(save({name: tensor.contiguous() for name, tensor in tensors.items()}), metadata=more),
         adapters.CONFIG: (json.dumps(config, indent=2, sort_keys=True, default=_plain) + "\n").encode(),
@@ -162,9 +171,9 @@ def _as_plain(files: dict[str, bytes]) -> dict[str, bytes]:
     return adapters.write(adapters.with_modules(found.card, found.modules))
 
 
-def _state(model: peft.PeftModel) -> dict[str, torch.Tensor]:
+def _state(model: peft.PeftModel, adapter: str = ADAPTER) -> dict[str, torch.Tensor]:
     # "auto" would look for the base's configuration to see whether its embeddings grew, which they never do here.
-    return peft.get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
+    return peft.get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
 
 
 def _widths(model: peft.PeftModel) -> dict[str, str]:

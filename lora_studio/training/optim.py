@@ -1,11 +1,13 @@
 """Optimizers, their parameter groups (LoRA+), and schedules as pure functions of the step."""
 
+import contextlib
+import io
 import math
 import re
 
 import torch
 
-from lora_studio.errors import MachineError
+from lora_studio.errors import MachineError, TrainingError
 from lora_studio.spec import Optim, Schedule
 
 # Which part of an adapter a parameter is, by its name. Embedding adapters come first: PEFT starts their A at zero and
@@ -55,12 +57,33 @@ def _adamw(groups: list[dict], optim: Optim):
     return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), fused=True)
 
 
-def _adamw_8bit(groups: list[dict], optim: Optim):
-    try:
-        import bitsandbytes
-    except ImportError:
-        raise MachineError("machine.package", name="bitsandbytes", use="optim.kind adamw_8bit") from None
-    return bitsandbytes.optim.AdamW8bit(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2))
+def _bitsandbytes(name: str):
+    """An optimizer of bitsandbytes. Its tensors of fewer than 4,096 numbers stay in fp32."""
+
+    def build(groups: list[dict], optim: Optim):
+        try:
+            import bitsandbytes
+        except ImportError:
+            raise MachineError("machine.package", name="bitsandbytes", use=f"optim.kind {optim.kind}") from None
+        return getattr(bitsandbytes.optim, name)(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2))
+
+    return build
+
+
+def _muon(groups: list[dict], optim: Optim):
+    """Orthogonalised momentum (Jordan 2024), for matrices only. Raises TrainingError for anything else."""
+    other = next((value for group in groups for value in group["params"] if value.ndim != 2), None)
+    if other is not None:
+        raise TrainingError("training.muon", shape=list(other.shape))
+    return torch.optim.Muon(groups, lr=optim.lr, momentum=optim.beta1, weight_decay=optim.weight_decay)
+
+
+def _prodigy(groups: list[dict], optim: Optim):
+    """Mishchenko and Defazio 2023, arXiv 2306.06101."""
+    from prodigyopt import Prodigy
+
+    with contextlib.redirect_stdout(io.StringIO()):  # it tells of its settings
+        return Prodigy(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), weight_decay=optim.weight_decay, safeguard_warmup=True)
 
 
 def _adafactor(groups: list[dict], optim: Optim):
@@ -71,12 +94,28 @@ def _sgd(groups: list[dict], optim: Optim):
     return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.beta1)
 
 
-OPTIMIZERS = {"adamw": _adamw, "adamw_8bit": _adamw_8bit, "adafactor": _adafactor, "sgd": _sgd}
+OPTIMIZERS = {
+    "adamw": _adamw, "adamw_8bit": _bitsandbytes("AdamW8bit"), "paged_adamw_8bit": _bitsandbytes("PagedAdamW8bit"), "lion": _bitsandbytes("Lion"),
+    "lion_8bit": _bitsandbytes("Lion8bit"), "muon": _muon, "prodigy": _prodigy, "adafactor": _adafactor, "sgd": _sgd,
+}  # fmt: skip
+# What an optimizer keeps in its groups while it works; the rest of a group is settings.
+KEPT = ("d", "d_max", "d_numerator", "k")
 
 
 def build(parameters, optim: Optim) -> torch.optim.Optimizer:
     """The optimizer of a spec over (name, parameter) pairs. Each group knows its role and its highest rate (`base_lr`)."""
     return OPTIMIZERS[optim.kind](groups(parameters, optim), optim)
+
+
+def kept(optimizer: torch.optim.Optimizer) -> list[dict[str, float]]:
+    """The numbers an optimizer keeps in its groups (Prodigy's), for a checkpoint."""
+    return [{name: float(group[name]) for name in KEPT if name in group} for group in optimizer.param_groups]
+
+
+def put_back(optimizer: torch.optim.Optimizer, found: list[dict[str, float]]) -> None:
+    """Put them back."""
+    for group, numbers in zip(optimizer.param_groups, found):
+        group.update({name: int(value) if name == "k" else value for name, value in numbers.items()})
 
 
 def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> dict[str, float]:

@@ -14,9 +14,17 @@ def key(*parts) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
 
 
-def held_out(prints: list[str], *, size: float, limit: int, seed: int) -> set[int]:
-    """Which rows are held out of training: `size` of them (below 1 a share, at most `limit`), the same ones for the same rows and seed.
-    `prints` is what each row is known by. Raises DataError when too few would be left."""
+def held_out(prints: list[str], *, size: float, limit: int, seed: int, fold: tuple[int, int] | None = None) -> set[int]:
+    """Which rows are held out of training: `size` of them (below 1 a share, at most `limit`), the same ones for the same rows and seed;
+    or with `fold` (number, count) that part of all rows, alike rows in one part. `prints` is what each row is known by. Raises DataError
+    when too few would be left."""
+    if fold:
+        number, count = fold
+        turns = sorted(set(prints), key=lambda one: key(seed, "fold", one))
+        if len(turns) < count:
+            raise DataError("data.too_few", rows=len(turns))
+        mine = set(turns[number::count])
+        return {index for index, one in enumerate(prints) if one in mine}
     count = min(limit, round(len(prints) * size)) if size < 1 else int(size)
     if size and count == 0:
         count = 1 if len(prints) > 1 else 0

@@ -86,6 +86,15 @@ def concatenate(documents: list[Tensor | list[int]], *, device: torch.device | s
     return Packed(torch.cat(rows)[None].to(device), positions[None].to(device), lengths, boundaries.to(device))
 
 
+def join(batches: list[Packed]) -> Packed:
+    """Several packed rows as one."""
+    if len(batches) == 1:
+        return batches[0]
+    ids, positions = (torch.cat([getattr(batch, name) for batch in batches], 1) for name in ("input_ids", "position_ids"))
+    lengths = tuple(length for batch in batches for length in batch.lengths)
+    return Packed(ids, positions, lengths, torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=ids.device))
+
+
 def causal(model: nn.Module) -> nn.Module:
     """The language model inside a PEFT wrapper, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model

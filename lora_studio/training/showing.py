@@ -38,9 +38,9 @@ class Shown:
 class Show:
     """The pictures of a run, `train` by their group and `judged` with the number of theirs, and what each place of the run shows of them."""
 
-    def __init__(self, spec: TrainSpec, collected: list[pictures.Pictures]):
+    def __init__(self, spec: TrainSpec, collected: list[pictures.Pictures], fold: tuple[int, int] | None = None):
         self.spec, self.groups = spec, collected
-        self.train, self.judged = hold_out(spec, collected)
+        self.train, self.judged = hold_out(spec, collected, fold)
         self.counts = tuple(len(items) for items in self.train)
         self.weights = weights(self.counts, collected)
 
@@ -90,12 +90,12 @@ def weights(counts: tuple[int, ...], collected: list[pictures.Pictures]) -> tupl
     return tuple(group.repeats * (subject / prior if group.source.prior and prior else 1.0) for group in collected)
 
 
-def hold_out(spec: TrainSpec, collected: list[pictures.Pictures]) -> tuple[list[list], list[tuple[int, pictures.Picture]]]:
+def hold_out(spec: TrainSpec, collected: list[pictures.Pictures], fold: tuple[int, int] | None = None) -> tuple[list[list], list[tuple[int, pictures.Picture]]]:
     """The pictures of each group to train on, and those held out with the number of their group: the same for the same pictures and seed,
     and none that is held out is trained on, not even its double. Class pictures are never held out. Raises DataError."""
     pool = [(number, picture) for number, found in enumerate(collected) if not found.source.prior for picture in found.items]
     chosen = order.held_out(
-        [picture.digest for _, picture in pool], size=spec.validation.size, limit=spec.validation.limit, seed=spec.compute.seed
+        [picture.digest for _, picture in pool], size=spec.validation.size, limit=spec.validation.limit, seed=spec.compute.seed, fold=fold
     )
     digests = {pool[index][1].digest for index in chosen}
     train = [[picture for picture in found.items if picture.digest not in digests] for found in collected]

@@ -12,8 +12,9 @@ import transformers
 from lora_studio import bases, rows
 from lora_studio.errors import BaseModelError, MachineError
 from lora_studio.spec import TrainSpec
-from lora_studio.training import encode, fused, order, packed
+from lora_studio.training import encode, fused, order, packed, quantized
 from lora_studio.training.encode import Example, first_line
+from lora_studio.training.loop import Pass
 
 CLOSE_ENOUGH = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
@@ -34,6 +35,7 @@ class TextTask:
     """A causal language model and its rows, as the loop asks for them."""
 
     unit = "tokens"
+    fold: tuple[int, int] | None = None
 
     def __init__(self, spec: TrainSpec, *, device: str, note: Callable[[str], None], folder: Path | None = None):
         self.spec, self.device, self.note = spec, torch.device(device), note
@@ -42,8 +44,8 @@ class TextTask:
         if self.device.type == "cpu":
             fused.keep_memory()
 
-    def load(self) -> torch.nn.Module:
-        """Load base, tokenizer and rows. Returns the bare model. Raises StudioError with the way out."""
+    def load(self, model: torch.nn.Module | None = None) -> torch.nn.Module:
+        """Load base (unless it is given), tokenizer and rows. Returns the bare model. Raises StudioError with the way out."""
         folder = bases.fetch(self.spec.base)
         self.info = bases.inspect(self.spec.base)
         self.tokenizer = encode.load_tokenizer(folder, self.spec.base.id)
@@ -52,13 +54,16 @@ class TextTask:
         for found in collected:
             if found.skipped:
                 self.note(f"{found.source.path}: left out are {found.skipped_in_words()}.")
-        self.encoded = encode.encode_all(self.spec, self.encoder, collected)
+        self.encoded = encode.encode_all(self.spec, self.encoder, collected, self.fold)
         for sentence in encode.losses_in_words(self.encoded):
             self.note(sentence)
         self.counts = tuple(len(source) for source in self.encoded.train)
         self.weights = tuple(source.weight for source in self.spec.data)
         self.held_out = len(self.encoded.held_out)
-        model = load_model(folder, self.spec.base.id, self.dtype).to(self.device)
+        if model is None:
+            how = quantized.options(self.spec.compute.quantize, self.dtype, self.device)
+            model = load_model(folder, self.spec.base.id, self.dtype, **how)
+            model = quantized.keep_trainable(model) if how else model.to(self.device)
         self.prints = {"base": base_print(folder), "rows": self.encoded.print}
         return model
 
@@ -132,12 +137,33 @@ class TextTask:
 
     def loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         """Minus the log-likelihood of the learnt tokens, summed."""
+        [one] = self.passes([batch])
+        return one.losses(model)[0]
+
+    def passes(self, batches: list[Batch]) -> list[Pass]:
+        """Batches of several adapters as one pass: one after another in the packed row, or below one another, as wide as the widest."""
         if self.fast:
-            with packed.attention(model):
-                states = packed.hidden(model, batch.packed)
-            return fused.linear_cross_entropy(states[batch.places], fused.head_weight(model), batch.targets)
-        logits = model(**batch.padded, use_cache=False).logits
-        return torch.nn.functional.cross_entropy(logits.flatten(0, 1)[batch.places].float(), batch.targets, reduction="sum")
+            return [Pass([(number, batch.tokens) for number, batch in enumerate(batches)], lambda model: self._packed_losses(model, batches))]
+        return [Pass([(number, len(batch.padded["input_ids"])) for number, batch in enumerate(batches)], lambda model: self._padded_losses(model, batches))]
+
+    def _packed_losses(self, model: torch.nn.Module, batches: list[Batch]) -> list[torch.Tensor]:
+        with packed.attention(model):
+            states = packed.hidden(model, packed.join([batch.packed for batch in batches]))
+        parts, head = states.split([batch.tokens for batch in batches]), fused.head_weight(model)
+        return [fused.linear_cross_entropy(part[batch.places], head, batch.targets) for part, batch in zip(parts, batches)]
+
+    def _padded_losses(self, model: torch.nn.Module, batches: list[Batch]) -> list[torch.Tensor]:
+        sizes = [batch.padded["input_ids"].shape for batch in batches]
+        widest = max(width for _, width in sizes)
+        given = {
+            name: torch.cat([torch.nn.functional.pad(batch.padded[name], (0, widest - width)) for batch, (_, width) in zip(batches, sizes)])
+            for name in batches[0].padded
+        }
+        parts = model(**given, use_cache=False).logits.split([count for count, _ in sizes])
+        return [
+            torch.nn.functional.cross_entropy(part[:, :width].flatten(0, 1)[batch.places].float(), batch.targets, reduction="sum")
+            for part, batch, (_, width) in zip(parts, batches, sizes)
+        ]
 
     def sample(self, model: torch.nn.Module, prompt: str, seed: int) -> str:
         """The model's greedy answer to a prompt; the same weights give the same answer."""
@@ -185,12 +211,12 @@ def _cpu_has_bf16() -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
-def load_model(folder: Path, id: str, dtype: torch.dtype) -> torch.nn.Module:
-    """A causal language model from safetensors. Raises BaseModelError."""
+def load_model(folder: Path, id: str, dtype: torch.dtype, **how) -> torch.nn.Module:
+    """A causal language model from safetensors; `how` may say how it is quantised. Raises BaseModelError."""
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, attn_implementation="sdpa"
+            folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, attn_implementation="sdpa", **how
         )
     except (ValueError, KeyError) as error:
         if "Unrecognized configuration class" in str(error):

@@ -20,6 +20,7 @@ from lora_studio import albums, exports, shelf, studio
 from lora_studio.errors import StudioError
 from lora_studio.ui import guard, theme
 from lora_studio.ui.blend import Blend
+from lora_studio.ui.how import How
 from lora_studio.ui.library import Library
 from lora_studio.ui.pictures import Pictures
 from lora_studio.ui.playground import Playground
@@ -29,7 +30,7 @@ from lora_studio.ui.train import Train
 from lora_studio.workspace import Workspace, local
 
 PUMP_SECONDS = 2.0
-PAGES = {"train": Train, "pictures": Pictures, "runs": Runs, "library": Library, "blend": Blend, "playground": Playground, "publish": Publish}
+PAGES = {"train": Train, "pictures": Pictures, "runs": Runs, "library": Library, "blend": Blend, "playground": Playground, "publish": Publish, "how": How}
 # Tabs say that they were selected while the page loads too; the address follows only once it has been read.
 ADDRESS = "() => { if(!window.studioIsReady) return; const url = new URL(location); url.searchParams.set('tab', '%s'); history.replaceState(null, '', url); }"
 QUIET = {"show_progress": "hidden", "api_visibility": "private"}
@@ -44,7 +45,7 @@ def build(workspace: Workspace | None = None) -> gr.Blocks:
         gr.HTML(studio.hardware(), html_template=theme.BRAND, css_template=theme.BRAND_CSS, elem_classes="flush")
         with gr.Tabs(selected="train", overflow_behavior="menu") as tabs:
             for name, page in found.items():
-                with gr.Tab(name.capitalize(), id=name) as by_name[name]:
+                with gr.Tab(getattr(page, "title", name.capitalize()), id=name) as by_name[name]:
                     page.build()
         _connect_pages(tabs, by_name, found)
         _connect_tabs(pages, tabs, by_name, found)

@@ -22,8 +22,11 @@ from lora_studio.ui.figures import (
     saved_in_words,
     suggestions,
 )
+from lora_studio.ui.judge import Judge
+from lora_studio.ui.layers import Layers
 from lora_studio.ui.merge import Merge
 from lora_studio.ui.mix import LIVE, QUIET, Mix, tab_of
+from lora_studio.ui.search import Search
 from lora_studio.ui.tryout import Tryout
 from lora_studio.workspace import Workspace
 
@@ -35,8 +38,9 @@ class Blend:
 
     def __init__(self, workspace: Workspace):
         self.workspace, self.mix = workspace, Mix(workspace, "mix-blend")
-        self.merge, self.bake = Merge(workspace), Bake(workspace)
-        self.tryout, self.export = Tryout(workspace), Export(workspace, "blend-export")
+        self.layers, self.merge, self.bake = Layers(workspace), Merge(workspace), Bake(workspace)
+        self.judge, self.tryout, self.search = Judge(workspace), Tryout(workspace), Search(workspace)
+        self.export = Export(workspace, "blend-export")
 
     # ---- layout
 
@@ -46,6 +50,7 @@ class Blend:
         with gr.Row(equal_height=False):
             with gr.Column(scale=2, min_width=300):
                 self.mix.build()
+                self.layers.build()
                 self._save_box()
                 self.export.build(visible=False)
                 self.merge.build()
@@ -53,7 +58,9 @@ class Blend:
             with gr.Column(scale=3, min_width=300, elem_id="blend-preview"):
                 self.figures = theme.Shown({"hint": HINT}, html_template=FIGURES, css_template=FIGURES_CSS, container=True, padding=True, elem_id="blend-figures")
                 self.curve = ErrorCurve("", container=True, padding=True, visible=False, elem_id="blend-curve")
+                self.judge.build()
                 self.tryout.build()
+                self.search.build()
         self.saved, self.suggested = gr.State(None), gr.State([])
         self._wire()
 
@@ -93,9 +100,12 @@ class Blend:
         for number, button in enumerate(self.ranks):
             button.click(self._suggestion(number), self.suggested, self.rank, **QUIET)
         self.curve.pick(self.point, None, self.rank, **QUIET)
+        self.layers.connect(self.mix)
+        self.judge.connect(self.mix, self.layers)
         self.merge.connect(self.mix)
-        self.bake.connect(self.mix)
+        self.bake.connect(self.mix, self.merge)
         self.tryout.connect(self.mix, self.rank)
+        self.search.connect(self.mix)
         self.export.connect(self.saved)
         self.save.click(
             self.keep, [self.name, self.rank, *self.mix.inputs], [self.kept, self.saved, self.to_library, self.to_publish, self.mix.pick],
@@ -126,8 +136,8 @@ class Blend:
 
     def add(self, id: str, *given) -> list:
         """Updates for `opened` that add an adapter, with weight 1, to the parts there are (the values of `mix.inputs`)."""
-        pick, held, *weights = given
-        known = dict(zip(held or [], weights))
+        pick, held, *given = given
+        known = self.mix.known(held, *given)
         parts = [[text, known.get(text, 1.0)] for text in pick or []]
         return self.open(parts if id in known else [*parts, [id, 1.0]])
 
@@ -147,13 +157,14 @@ class Blend:
             yield [hint, _curve(None), *self._buttons([], None), [theme.said("error", str(error))]]
             return
         cards = [library.card(self.workspace, id) for id, _ in parts]
-        exact = exact_rank(found, [(card["rank"], weight) for card, (_, weight) in zip(cards, parts)])
+        most, width = exports.room(self.workspace, parts)
+        exact = min(most, exact_rank(found, [(card["rank"], weight) for card, (_, weight) in zip(cards, parts)]))
         suggested = suggestions(found["losses"], exact)
         told = [theme.said("warning", "Every weight is 0, so the blend would change nothing. Move a slider.")] if not exact else []
         if chosen and exact and chosen >= exact:
             told.append(theme.said("note", f"The exact blend has rank {exact}, so rank {chosen} loses nothing and saves the exact one."))
         curve = {"losses": found["losses"], "exact": exact, "chosen": min(chosen or exact, exact)} if exact else None
-        figures = {"saved": saved_in_words(chosen, exact, found["losses"], exports.width(self.workspace, [id for id, _ in parts]))}
+        figures = {"saved": saved_in_words(chosen, exact, found["losses"], width)}
         figures |= figures_of(found, [card["name"] for card in cards], [weight for _, weight in parts], exact)
         yield [figures, _curve(curve), *self._buttons(suggested, exact), told]
 

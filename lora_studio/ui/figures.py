@@ -1,8 +1,7 @@
 """The figures of the Blend page: how much each adapter changes, how alike they are, and what the ranks would lose, in numbers and words."""
 
-import math
-
 from lora_studio.errors import BlendError
+from lora_studio.weights import Weight, acts
 
 FIGURES = """<div class="figures" aria-live="off">{{#if value.hint}}<p class="hint">{{value.hint}}</p>{{/if}}{{#if value.parts}}
 <div><table class="parts"><caption>How much each one changes (size after its weight)</caption><thead><tr><th></th><th>adapter</th><th class="n">weight</th><th class="n">size</th><th></th></tr></thead><tbody>
@@ -41,9 +40,9 @@ def rank_of(given) -> int | None:
     return int(text)
 
 
-def exact_rank(found: dict, parts: list[tuple[int, float]]) -> int:
+def exact_rank(found: dict, parts: list[tuple[int, Weight]]) -> int:
     """The rank of the exact blend: ranks add, and what has weight 0 takes no room."""
-    return min(found["rank"], sum(rank for rank, weight in parts if weight)) if found["norm"] else 0
+    return min(found["rank"], sum(rank for rank, weight in parts if acts(weight))) if found["norm"] else 0
 
 
 def suggestions(losses: list[float], exact: int) -> list[int | None]:
@@ -57,13 +56,13 @@ def percent(loss: float) -> str:
     return f"{loss:.1e} (rounding only)" if loss < ROUNDING else f"{100 * loss:.2g} %"
 
 
-def figures_of(found: dict, names: list[str], weights: list[float], exact: int) -> dict:
+def figures_of(found: dict, names: list[str], weights: list[Weight], exact: int) -> dict:
     """The numbers of a preview as the page shows them."""
-    sizes = [abs(weight) * norm for weight, norm in zip(weights, found["norms"])]
+    sizes = found["sizes"]
     most = max([*sizes, found["norm"]]) or 1.0
     numbers = range(len(names))
     parts = [
-        {"number": number + 1, "name": names[number], "weight": f"{weights[number]:.2f}", "size": f"{sizes[number]:.3g}", "share": f"{100 * sizes[number] / most:.1f}"}
+        {"number": number + 1, "name": names[number], "weight": _weight(weights[number]), "size": f"{sizes[number]:.3g}", "share": f"{100 * sizes[number] / most:.1f}"}
         for number in numbers
     ]
     rows = [
@@ -71,7 +70,11 @@ def figures_of(found: dict, names: list[str], weights: list[float], exact: int) 
     ]
     rank = f"Exact rank: {exact}. Layers changed: {found['layers']}." if exact else "The blend changes nothing."
     shown = {"hint": "", "parts": parts, "rows": rows if len(rows) > 1 else [], "norm": f"{found['norm']:.3g}", "share": f"{100 * found['norm'] / most:.1f}"}
-    return {**shown, "pair": pair_in_words(found["cosines"], names, weights), "rank": rank}
+    return {**shown, "pair": pair_in_words(found["cosines"], found["acting"], names), "rank": rank}
+
+
+def _weight(weight: Weight) -> str:
+    return f"{weight.get('', 1.0):.2f} by block" if isinstance(weight, dict) else f"{weight:.2f}"
 
 
 def _cell(cosine: float, is_self: bool) -> dict:
@@ -90,17 +93,24 @@ def saved_in_words(chosen: int | None, exact: int, losses: list[float], width: i
     return f"Saved like this it has rank {rank}, {kind}, and about {4 * rank * width / 1e6:.2f} MB." if exact else ""
 
 
-def pair_in_words(cosines: list[list[float]], names: list[str], weights: list[float]) -> str:
-    """One sentence about the two that are most alike, or most opposed."""
-    pairs = [(abs(cosines[row][column]), row, column) for row in range(len(names)) for column in range(row + 1, len(names))]
+def pair_in_words(cosines: list[list[float]], weighed: list[list[float]], names: list[str]) -> str:
+    """One sentence about the two that are most alike, or most opposed, as they are weighed. Where nothing of two acts on the same layers
+    there is nothing to say of them."""
+    pairs = [
+        (row, column)
+        for row in range(len(names))
+        for column in range(row + 1, len(names))
+        if weighed[row][column] or not cosines[row][column]
+    ]
     if not pairs:
         return ""
-    _, left, right = max(pairs)
-    cosine, a, b = cosines[left][right], names[left], names[right]
-    acting = cosine * math.copysign(1, weights[left] * weights[right])
-    told = f"(cosine {_two(cosine)})"
-    if abs(cosine) < 0.1:
-        who, told = (f"{a} and {b}", told) if len(pairs) == 1 else ("All of them", f"(largest cosine {_two(cosine)})")
+    left, right = max(pairs, key=lambda pair: abs(weighed[pair[0]][pair[1]]))
+    acting, a, b = weighed[left][right], names[left], names[right]
+    by_layer = abs(abs(acting) - abs(cosines[left][right])) > 1e-6
+    cosine, told = (acting, "cosine as weighted") if by_layer else (cosines[left][right], "cosine")
+    told = f"({told} {_two(cosine)})"
+    if abs(acting) < 0.1:
+        who, told = (f"{a} and {b}", told) if len(pairs) == 1 else ("All of them", f"(largest {told[1:]}")
         return f"{who} point in nearly unrelated directions {told}: they should not disturb each other."
     if acting > 0:
         how = "nearly the same way" if acting >= 0.8 else "partly the same way"

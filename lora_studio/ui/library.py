@@ -8,6 +8,7 @@ from lora_studio import library, shelf
 from lora_studio.errors import StudioError
 from lora_studio.ui import theme, tree
 from lora_studio.ui.export import Export
+from lora_studio.ui.numbers import Numbers
 from lora_studio.workspace import Workspace
 
 QUIET = {"show_progress": "hidden", "api_visibility": "private"}
@@ -52,7 +53,7 @@ class Library:
     """The page's parts, and what they do."""
 
     def __init__(self, workspace: Workspace):
-        self.workspace, self.export = workspace, Export(workspace, "adapter-export")
+        self.workspace, self.export, self.numbers = workspace, Export(workspace, "adapter-export"), Numbers(workspace)
 
     # ---- layout
 
@@ -120,6 +121,7 @@ class Library:
                 self.verify = gr.Button("Check files", size="md", min_width=110)
                 self.remove = gr.Button("Remove", variant="stop", size="md", min_width=110)
             self.card_told = theme.sentences(elem_id="adapter-told")
+            self.numbers.build()
             self.export.build()
 
     # ---- wiring
@@ -153,6 +155,7 @@ class Library:
         self.grid.pick(self.pick, None, self.detail, **QUIET).then(**again, **QUIET)
         self.tree.pick(self.pick, None, self.detail, **QUIET).then(**again, **QUIET)
         self.export.connect(self.chosen)
+        self.numbers.connect(self.chosen)
         runs = pages["runs"]
         self.facts.run(self._visit(runs), None, [tabs, *runs.opened], **QUIET)
         fields = [self.chosen, self.name, self.tags, self.trigger, self.notes]

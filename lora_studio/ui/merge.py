@@ -15,6 +15,8 @@ WAYS = [
     ("orthogonal: the first without what it shares with the second", "orthogonal"),
 ]  # fmt: skip
 
+FULL = ("ties", "dare", "della", "magnitude", "breadcrumbs")  # their result has full rank
+
 
 class Merge:
     """A part of the Blend page; the mix is the page's own."""
@@ -39,7 +41,7 @@ class Merge:
         """Let the button act on the mix of the page."""
 
         def begin(name, how, rank, density, seed, *given):
-            return self.merge(mix, name, how, {"rank": (rank, int), "density": (density, float), "seed": (seed, int)}, *given)
+            return self.merge(mix, name, how, {"rank": (rank, int), **typed(density, seed)}, *given)
 
         self.start.click(begin, [self.name, self.how, self.rank, self.density, self.seed, *mix.inputs], self.told, show_progress_on=self.told, concurrency_limit=None, **{**QUIET, "show_progress": "minimal"})
 
@@ -53,6 +55,29 @@ class Merge:
             return [theme.said("error", str(error))]
         words = f"{mix.label(id)} is in the library: rank {done['rank']}, {100 * done['loss']:.2g} % off the merge itself."
         return [theme.said("ok", words)]
+
+    @property
+    def asked(self) -> list:
+        """What says the way; their values go to `way`."""
+        return [self.how, self.density, self.seed]
+
+
+def typed(density: str, seed: str) -> dict:
+    """The settings that were typed, with their kinds."""
+    return {"density": (density, float), "seed": (seed, int)}
+
+
+def way(how: str, density: str, seed: str) -> dict:
+    """The way and its settings, as baking takes them. Raises BlendError."""
+    numbers = {key: _number(key, *value) for key, value in typed(density, seed).items()}
+    return {"how": how, **{key: value for key, value in numbers.items() if value is not None}}
+
+
+def in_full(how: str) -> str:
+    """How baking a merge differs from saving it as an adapter, in a sentence."""
+    if how in FULL:
+        return f"Put together by {how} in full rank, with nothing cut. Saved as an adapter the same merge is cut to a rank, and loses what Merge tells."
+    return f"Put together by {how}. Saved as an adapter without a rank it is the same, because {how} keeps to the adapters' own directions."
 
 
 def _number(name: str, text: str, kind: type):

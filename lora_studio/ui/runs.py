@@ -4,9 +4,9 @@ import time
 
 import gradio as gr
 
-from lora_studio import library, runs, settings, studio
+from lora_studio import library, memory, retries, runs, settings, studio
 from lora_studio.errors import StudioError
-from lora_studio.ui import samples, theme
+from lora_studio.ui import ranks, samples, theme
 from lora_studio.ui.chart import Curves, LiveChart
 from lora_studio.workspace import Workspace
 
@@ -72,6 +72,8 @@ class Runs:
                 self.discard = gr.Button("Stop without saving", variant="stop")
                 self.go_on = gr.Button("Keep going")
         self.notes = theme.sentences(elem_id="notes")
+        self.ranks = ranks.build(elem_id="ranks")
+        self.retry = gr.Button("", variant="primary", size="md", visible=False, elem_id="retry")
         self.samples = samples.build(elem_id="samples")
         self.log = gr.Textbox("", label="Log", lines=8, max_lines=14, interactive=False, autoscroll=True, buttons=["copy"], elem_classes="mono", elem_id="log")
         with gr.Accordion("Settings of this run", open=False):
@@ -83,7 +85,7 @@ class Runs:
     @property
     def shown(self) -> list:
         """What changes while a run goes on."""
-        return [self.list, self.tiles, self.notes, self.samples, self.log, self.stop, self.save_now, self.sample_now, self.resume, self.again, self.shelved, self.download, self.box]
+        return [self.list, self.tiles, self.notes, self.ranks, self.samples, self.log, self.stop, self.save_now, self.sample_now, self.resume, self.again, self.shelved, self.download, self.box, self.retry]
 
     @property
     def opened(self) -> list:
@@ -101,6 +103,7 @@ class Runs:
         self.save_now.click(lambda id: self.request(studio.save_now, id), self.chosen, None, **QUIET)
         self.sample_now.click(lambda id: self.request(studio.sample_now, id), self.chosen, None, **QUIET)
         self.resume.click(self.go, self.chosen, None, **QUIET).then(self.refresh, [self.chosen, self.asking], self.shown, **QUIET)
+        self.retry.click(self.go_lighter, self.chosen, self.opened, **QUIET)
         self.again.click(self.reuse, self.chosen, [*train.form.values(), train.data, train.plus, tabs], **QUIET)
         self.shelved.click(lambda id: self.to_library(shelf_page, id), self.chosen, [tabs, *shelf_page.opened], **QUIET)
         self.train = train
@@ -141,7 +144,7 @@ class Runs:
         listed = [entry(status, id) for status in found]
         status = next((status for status in found if status.id == id), None)
         if status is None:
-            return [listed, [], [], samples.EMPTY, "", *[gr.update(interactive=False) for _ in range(7)], gr.update(visible=False)]
+            return [listed, [], [], {}, samples.EMPTY, "", *[gr.update(interactive=False) for _ in range(7)], gr.update(visible=False), gr.update(visible=False)]
         events = self.curves.told(status.id)
         live, trains = status.is_live or status.state == "queued", studio.trains(self.workspace, status.id)
         ready = next((event for event in reversed(events) if event["kind"] == "saved" and event["what"].startswith("adapter")), None)
@@ -149,6 +152,7 @@ class Runs:
             listed,
             tiles_of(status, events),
             notes_of(status, events),
+            ranks.shown(events),
             samples.shown(events, status.id),
             studio.log(self.workspace, status.id, LOG_BYTES),
             gr.update(interactive=live),
@@ -159,7 +163,13 @@ class Runs:
             gr.update(interactive=ready is not None and not live),
             gr.update(interactive=ready is not None and not live, link=f"/studio/adapter/{status.id}" if ready and not live else None),
             gr.update(visible=bool(asking and live)),
+            self.offer(status.id, events),
         ]
+
+    def offer(self, id: str, events: list[dict]) -> dict:
+        """The button that tries a run again which memory ran out on."""
+        values = retries.offer(self.workspace, id) if retries.ran_out(events) else {}
+        return gr.update(visible=bool(values), value=f"Try again with {memory.in_words(values)}" if values else "")
 
     # ---- what the buttons do
 
@@ -201,6 +211,16 @@ class Runs:
             gr.Success("It goes on from its newest whole checkpoint.")
         except StudioError as error:
             gr.Warning(str(error))
+
+    def go_lighter(self, id: str) -> list:
+        """Start it again with less memory, and show the new run."""
+        try:
+            new = retries.again(self.workspace, id)
+        except StudioError as error:
+            gr.Warning(str(error))
+            return [gr.skip()] * len(self.opened)
+        gr.Success("It was started again with less memory.")
+        return self.open(new)
 
     def to_library(self, page, id: str) -> list:
         """The Library page with the adapter of a run."""
@@ -256,7 +276,9 @@ def notes_of(status: runs.Status, events: list[dict]) -> list[dict]:
     """What the run said in words: how it began, what it restored, how it ended."""
     told = []
     for event in events:
-        if event["kind"] == "started":
+        if event["kind"] == "started" and event.get("unit") == "tries":
+            told.append(theme.said("note", f"Searching weights on {event['device']} in {event['precision']}, with {event['rows']} rows."))
+        elif event["kind"] == "started":
             told.append(theme.said("note", event.get("words") or f"Training on {event['device']} in {event['precision']}: {event['fast']}. Adapter on {', '.join(event['targets'])}."))
         elif event["kind"] in ("note", "resumed"):
             told.append(theme.said("note", event.get("text") or event.get("words") or ""))

@@ -55,7 +55,7 @@ def theme() -> gr.themes.Base:
 
 # Colours of states live here, as variables: the CSS of a component is scoped and cannot see whether the page is dark.
 CSS = f"""
-:root{{--studio-ok:#15803d;--studio-bad:#b91c1c;--studio-bad-edge:#fca5a5;--studio-bad-soft:#fef2f2;--studio-warn:#92400e;--studio-warn-edge:#fcd34d;--studio-warn-soft:#fffbeb}}
+:root{{--studio-ok:#15803d;--studio-bad:#b91c1c;--studio-bad-edge:#fca5a5;--studio-bad-soft:#fef2f2;--studio-warn:#92400e;--studio-warn-edge:#fcd34d;--studio-warn-soft:#fffbeb;--studio-size:#f59e0b;--studio-alike:#3b82f6;--studio-fight:#ef4444}}
 .dark{{--studio-ok:#4ade80;--studio-bad:#fca5a5;--studio-bad-edge:#7f1d1d;--studio-bad-soft:#2a1215;--studio-warn:#fcd34d;--studio-warn-edge:#78350f;--studio-warn-soft:#2a1f0b}}
 .gradio-container{{width:100%!important;max-width:1320px!important;margin:0 auto!important}}
 .dark{{--color-accent:{ACCENT_DARK}}}

@@ -9,6 +9,7 @@ from lora_studio import albums, data, presets, settings, shelf, studio
 from lora_studio.errors import SpecError, StudioError
 from lora_studio.spec import TrainSpec, methods
 from lora_studio.ui import forms, theme
+from lora_studio.ui.fit import Fit, outgrown
 from lora_studio.workspace import Workspace
 
 PREVIEW = """<div class="preview">{{#each value}}<article{{#if thumbnail}} class="picture"{{/if}}>{{#if thumbnail}}<img src="{{thumbnail}}" alt="">{{/if}}{{#each turns}}<p><b>{{who}}</b> {{text}}</p>{{/each}}</article>{{/each}}</div>"""
@@ -30,7 +31,7 @@ class Train:
     """The page's parts, and what they do."""
 
     def __init__(self, workspace: Workspace):
-        self.workspace = workspace
+        self.workspace, self.fit = workspace, Fit()
         self.first = presets.available()[0].name if presets.available() else None
 
     # ---- layout
@@ -73,6 +74,7 @@ class Train:
     def _right(self) -> None:
         self.tiles = theme.tiles()
         self.problems = theme.sentences(elem_id="problems")
+        self.fit.build()
         with gr.Row():
             self.check = gr.Button("Check every row", size="lg")
             self.start = gr.Button("Start training", variant="primary", size="lg", elem_id="start")
@@ -107,6 +109,7 @@ class Train:
         self.upload.upload(self.keep, {self.upload, self.form["data"], *self.bringing}, self.brought, api_visibility="private")
         self.plus.input(self.switch, {self.plus, kind, self.form["optim.lr"], self.form["optim.lora_plus_ratio"]}, [self.form["optim.lr"], self.form["optim.lora_plus_ratio"]], **TYPED)
         self.check.click(self.look_deep, self.inputs, self.shown, show_progress="minimal", show_progress_on=self.problems, api_visibility="private", concurrency_limit=2)
+        self.fit.connect(self.form)
         show, outputs = open_run
         begin = self.start.click(self.begin, self.inputs, [*self.shown, self.started], show_progress="minimal", show_progress_on=self.problems, api_visibility="private", concurrency_limit=2)
         begin.then(show, self.started, outputs, **QUIET)
@@ -114,7 +117,7 @@ class Train:
     @property
     def shown(self) -> list:
         """What an assessment fills."""
-        return [self.tiles, self.problems, self.rates, self.targets, self.preview, self.command, self.yaml]
+        return [self.tiles, self.problems, self.rates, self.targets, self.preview, self.command, self.yaml, *self.fit.shown]
 
     def fill(self, name: str | None):
         """The form as a preset has it. Rows that were picked stay when the preset has none."""
@@ -219,11 +222,11 @@ class Train:
         return self.assess(given, deep=True)
 
     def assess(self, given: dict, *, deep: bool) -> list:
-        """Tiles, sentences, rates, targets, preview, command and YAML."""
+        """Tiles, sentences, rates, targets, preview, command, YAML and memory."""
         try:
             spec = self.spec(given)
         except SpecError as error:
-            return [[], [theme.said("error", problem.sentence, problem.path) for problem in error.problems], "", "", [], "", ""]
+            return [[], [theme.said("error", problem.sentence, problem.path) for problem in error.problems], "", "", [], "", "", *outgrown()]
         return self._shown(spec, studio.preflight(self.workspace, spec, deep=deep), deep)
 
     def _shown(self, spec: TrainSpec, report: studio.Report, deep: bool) -> list:
@@ -232,7 +235,7 @@ class Train:
             told.append(theme.said("ok", "Every row was checked. Ready to start." if deep else "Ready to start."))
         targets = report.facts.get("targets")
         where = f"Adapter on **{', '.join(targets)}**" + (" (auto)" if spec.method.targets == "auto" else "") if targets else ""
-        return [tiles_of(report.facts), told, rates_in_words(spec), where, preview_of(report.preview), studio.command(spec), settings.dumps(spec, sparse=True)]
+        return [tiles_of(report.facts), told, rates_in_words(spec), where, preview_of(report.preview), studio.command(spec), settings.dumps(spec, sparse=True), *self.fit.show(report.facts)]
 
     def begin(self, given: dict):
         """Check everything, then start. Gives what is shown and the id of the run, or None."""
@@ -247,7 +250,7 @@ class Train:
         except SpecError as error:
             gr.Warning("It cannot start yet: see the sentences marked ✗.")
             told = [theme.said("error", problem.sentence, problem.path) for problem in error.problems]
-            return [gr.skip(), told, *[gr.skip()] * 5, None]
+            return [gr.skip(), told, *[gr.skip()] * (len(self.shown) - 2), None]
         gr.Success(f"{spec.name} was started.")
         return [*shown, id]
 
@@ -267,7 +270,7 @@ def tiles_of(facts: dict) -> list[dict]:
         ("rows to train on" if "rows_train" in facts else "rows", f"{rows:,}" if rows is not None else None),
         ("held out", f"{facts['rows_validation']:,}" if "rows_validation" in facts else None),
         ("trainable", count_in_words(facts["trainable"]) if facts.get("trainable") else None),
-        ("model memory", studio.gigabytes(facts["memory_rows_full"]) if facts.get("memory_rows_full") else None),
+        ("memory", studio.gigabytes(facts["memory"]) if facts.get("memory") else None),
         ("steps", f"{facts['steps']:,}" if "steps" in facts else None),
         ("size" if len(sizes) == 1 else "sizes", next(iter(sizes)) if len(sizes) == 1 else str(len(sizes)) if sizes else None),
         ("class pictures", f"{facts['prior']:,}" if facts.get("prior") else None),

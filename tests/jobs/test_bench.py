@@ -192,6 +192,12 @@ def test_errors_travel_with_class_key_and_sentence(shared, base, pair, tmp_path)
     assert said(base)["sides"]["answer"]["tokens"] > 0
 
 
+def test_who_has_an_answer_is_not_told_that_the_bench_is_busy(shared, pair):
+    for _ in range(20):
+        bench.ask("preview", parts=[[pair[0], 1.0]])
+        assert bench.status()["doing"] == ""
+
+
 def test_closing_the_stream_cancels_and_the_next_one_is_served(shared, base, pair):
     events = bench.stream("answer", base=str(base), device="cpu", precision="fp32", **LONG)
     assert next(event for event in events if event["event"] == "piece")["text"]

@@ -12,7 +12,7 @@ from lora_studio.training import checkpoint, optim
 def world(kind="adamw", seed=0):
     generator = torch.Generator().manual_seed(seed)
     parameters = {f"x.lora_{part}.weight": torch.nn.Parameter(torch.randn(80, 80, generator=generator)) for part in "AB"}
-    return parameters, optim.build(parameters.items(), Optim(kind=kind, lr=1e-2, lora_plus_ratio=4))
+    return parameters, optim.build(parameters.items(), Optim(kind=kind, lr=1e-2, lora_plus_ratio=None if kind == "prodigy" else 4))
 
 
 def walk(parameters, optimizer, steps):

@@ -212,7 +212,7 @@ def test_checkpointing_over_fast_paths_changes_no_gradient(reentrant):
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-6, atol=1e-7)
     groups = [module.forward.func for module in model.modules() if "forward" in module.__dict__]
-    assert all(group.members and not group.waiting for group in groups if isinstance(group, fused._Siblings))
+    assert all(group.members and not group.waiting for group in groups if isinstance(group, fused.Siblings))
 
 
 def test_bfloat16_keeps_float32_masters_and_stays_near():

@@ -50,6 +50,11 @@ VARIANTS = {
     "padded": {"compute": {"device": "cpu", "precision": "fp32", "threads": 1, "packing": False}},
     "checkpointing": {"compute": {"device": "cpu", "precision": "fp32", "threads": 1, "checkpointing": True}},
     "8-bit": {"optim": {"lr": 1e-3, "kind": "adamw_8bit"}},
+    "paged 8-bit": {"optim": {"lr": 1e-3, "kind": "paged_adamw_8bit"}},
+    "lion": {"optim": {"lr": 1e-4, "kind": "lion", "lora_plus_ratio": 4}},
+    "lion, 8-bit": {"optim": {"lr": 1e-4, "kind": "lion_8bit"}},
+    "muon": {"optim": {"lr": 1e-2, "kind": "muon", "lora_plus_ratio": 4}},
+    "prodigy": {"optim": {"lr": 1.0, "kind": "prodigy"}},
     "some layers": {"method": {"rank": 2, "alpha": 4, "targets": ["q_proj", "layers.1.mlp.down_proj"]}},
 }
 

@@ -6,6 +6,7 @@ import torch
 import transformers
 from peft.optimizers import create_loraplus_optimizer
 
+from lora_studio.errors import TrainingError
 from lora_studio.spec import Optim, Schedule
 from lora_studio.training import optim
 from tests import tiny
@@ -48,7 +49,7 @@ def test_plain_layers_train_as_with_pefts_loraplus():
     assert max(float((found[name] - wanted[name]).abs().max()) for name in wanted) < 1e-6
 
 
-@pytest.mark.parametrize("kind", list(optim.OPTIMIZERS))
+@pytest.mark.parametrize("kind", [kind for kind in optim.OPTIMIZERS if kind != "prodigy"])
 def test_every_optimizer_keeps_the_ratio_and_learns(kind):
     model = adapted(target_modules=["q_proj", "v_proj"])
     before = {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
@@ -57,6 +58,31 @@ def test_every_optimizer_keeps_the_ratio_and_learns(kind):
     after = steps_of(model, optimizer)
     assert all(torch.isfinite(value).all() for value in after.values())
     assert any(not torch.equal(before[name], value) for name, value in after.items() if "lora_B" in name)
+
+
+def test_prodigy_finds_its_own_rate_and_keeps_it_through_a_checkpoint(tmp_path):
+    model, whole = adapted(target_modules=["q_proj", "v_proj"]), adapted(target_modules=["q_proj", "v_proj"])
+    settings = Optim(kind="prodigy", lr=1.0)
+    for one in (model, whole):
+        torch.manual_seed(0)
+        for _, value in one.named_parameters():
+            if value.requires_grad:
+                torch.nn.init.normal_(value, std=0.1)
+    ours, theirs = optim.build(model.named_parameters(), settings), optim.build(whole.named_parameters(), settings)
+    steps_of(whole, theirs)
+    steps_of(model, ours)
+    assert ours.param_groups[0]["d"] > 10 * ours.param_groups[0]["d0"]
+    again = optim.build(model.named_parameters(), settings)
+    again.load_state_dict({"state": ours.state_dict()["state"], "param_groups": again.state_dict()["param_groups"]})
+    optim.put_back(again, optim.kept(ours))
+    left, right = steps_of(model, again), steps_of(whole, theirs)
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_muon_refuses_what_is_no_matrix():
+    model = adapted(target_modules=["q_proj"], use_dora=True)
+    with pytest.raises(TrainingError, match="muon is for matrices"):
+        optim.build(model.named_parameters(), Optim(kind="muon", lr=1e-3))
 
 
 @pytest.mark.parametrize(("kind", "theirs"), [("constant", "constant_with_warmup"), ("linear", "linear"), ("cosine", "cosine"), ("inverse_sqrt", "inverse_sqrt")])

@@ -113,9 +113,15 @@ def test_ranks_errors_and_pairs_in_words():
         (-0.4, [1, 1], "work partly against each other"),
         (-0.4, [-1, 1], "partly the same way"),
     ):
-        assert words in pair_in_words([[1, cosine], [cosine, 1]], names, weights)
+        acting = cosine * weights[0] * weights[1]
+        assert words in pair_in_words([[1, cosine], [cosine, 1]], [[1, acting], [acting, 1]], names)
     three = [[1, 0.01, -0.05], [0.01, 1, 0], [-0.05, 0, 1]]
-    assert pair_in_words(three, [*names, "short"], [1, 1, 1]).startswith("All of them point in nearly unrelated directions (largest cosine -0.05)")
-    found = {"norms": [2.0, 4.0], "cosines": [[1, 0], [0, 1]], "norm": 5.0, "layers": 3}
+    assert pair_in_words(three, three, [*names, "short"]).startswith(
+        "All of them point in nearly unrelated directions (largest cosine -0.05)"
+    )
+    assert "work partly against each other (cosine as weighted -0.40)" in pair_in_words([[1, 0.9], [0.9, 1]], [[1, -0.4], [-0.4, 1]], names)
+    assert pair_in_words([[1, 0.9], [0.9, 1]], [[1, 0], [0, 1]], names) == "", "one of the two does not act, or elsewhere"
+    found = {"sizes": [2.0, 4.0], "cosines": [[1, 0], [0, 1]], "acting": [[1, 0], [0, 1]], "norm": 5.0, "layers": 3}
     shown = figures_of(found, names, [1.0, -1.0], 8)
+    assert [part["weight"] for part in figures_of(found, names, [{"": 0.5, "mlp": 0.0}, 1.0], 8)["parts"]] == ["0.50 by block", "1.00"]
     assert [part["size"] for part in shown["parts"]] == ["2", "4"] and shown["rank"] == "Exact rank: 8. Layers changed: 3."

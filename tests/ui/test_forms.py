@@ -68,10 +68,10 @@ def test_lists_of_numbers_stand_on_one_line_and_a_word_or_a_number_is_either():
 
 
 def test_what_only_pictures_or_only_words_have_a_use_for_is_hidden_from_the_other_and_left_out(pages):
-    for kind, hidden, shown in (("chat", "compute.block_swap", "compute.packing"), ("image", "output.sample_tokens", "compute.quantize")):
+    for kind, hidden, shown in (("chat", "compute.block_swap", "compute.packing"), ("image", "output.sample_tokens", "compute.compile")):
         told = forms.adapt(pages.form, kind, "lora")
         assert told[pages.form[hidden]]["visible"] is False and told[pages.form[shown]]["visible"] is True
-    values = studio.form_values("demo/pirate") | {"compute.quantize": "4bit", "compute.compile": True}
+    values = studio.form_values("demo/pirate") | {"compute.encoders": "4bit", "compute.compile": True}
     assert studio.spec_of_values(values) == studio.spec_of_values(studio.form_values("demo/pirate"))
     values = studio.form_values("demo/stripes") | {"compute.packing": False, "output.sample_tokens": 7}
     assert studio.spec_of_values(values) == studio.spec_of_values(studio.form_values("demo/stripes"))

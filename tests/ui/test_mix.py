@@ -69,6 +69,19 @@ def test_open_shows_other_parts_with_their_weights(mix, shelf):
     assert len(updates) == len(mix.opened) and mix.open([])[0]["value"] == [] and mix.open([])[1] == []
 
 
+def test_weights_by_block_go_with_their_adapter_into_every_sum(mix, shelf):
+    a, b, c = shelf
+    by = {a: {"model.layers.0": 0.2}}
+    assert mix.parts([a, b], [a, b], *pool(0.5, 0.7), by) == [[a, {"": 0.5, "model.layers.0": 0.2}], [b, 0.7]]
+    updates = mix.choose([b, c, a], [a, b], *pool(0.5, 0.7), by)
+    assert updates[-2] == by and updates[5]["label"] == "pirate · by block" and updates[5]["value"] == 0.5 and updates[3]["label"] == "capitals"
+    assert mix.choose([b], [a, b], *pool(0.5, 0.7), by)[-2] == {}, "who is taken out comes back without them"
+    updates = mix.open([[b, {"": 0.4, "mlp": 0.0}], [a, 1.0]])
+    assert updates[-2] == {b: {"mlp": 0.0}} and updates[3]["value"] == 0.4 and mix.open([[b, {"mlp": 0.0}]])[3]["value"] == 1.0
+    with pytest.raises(BlendError, match=r"The weight of pirate in model.layers.0 is 7, but it must be a number from -2 to 2"):
+        mix.parts([a], [a], *pool(0.5), {a: {"model.layers.0": 7}})
+
+
 def test_a_typed_name_is_the_adapter_and_an_unknown_one_is_a_sentence(mix, shelf, workspace):
     a, b, _ = shelf
     updates = mix.choose([b, "pirate"], [b], *pool(0.5))

@@ -36,7 +36,7 @@ def pool(*weights):
 
 def asking(page, prompt, *, talk=(), sides=("base",), base="demo-text", held=(), weights=(), longest=12, chatml=False, seed=0):
     """What the page hands over with a prompt."""
-    mix = dict(zip(page.mix.inputs, [list(held), list(held), *pool(*weights)]))
+    mix = dict(zip(page.mix.inputs, [list(held), list(held), *pool(*weights), {}]))
     settings = {page.seed: seed, page.temperature: 0.0, page.top_p: 1.0, page.longest: longest, page.chatml: chatml}
     return {page.prompt: prompt, page.talk: list(talk), page.base: base, page.sides: list(sides), **settings, **mix}
 

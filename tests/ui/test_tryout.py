@@ -30,7 +30,7 @@ def pair(home):
 
 
 def given(page, pair, *weights, turn, prompt="What color is the fox?", live=False, rank="", against="base", longest=12, **more):
-    mix = dict(zip(page.mix.inputs, [list(pair), list(pair), *weights, *[1.0] * (POOL - len(weights))]))
+    mix = dict(zip(page.mix.inputs, [list(pair), list(pair), *weights, *[1.0] * (POOL - len(weights)), {}]))
     return {page.turn: turn, page.live: live, page.prompt: prompt, page.rank: rank, page.against: against, page.seed: 0, page.longest: longest, page.steps: 20, **mix, **more}
 
 

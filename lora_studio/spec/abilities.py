@@ -1,0 +1,47 @@
+"""What each way of training an adapter can do here, as a table: METHODS by ABILITIES, and a sentence for every cell that is not so.
+
+Every cell without a sentence is run by tests/training/test_matrix.py and tests/training/test_methods.py; the README's table is made of it.
+"""
+
+ABILITIES = ("text", "image", "4-bit base", "resume", "Playground and blend", "bake", "parallel")
+
+# (name, the settings that make it)
+METHODS = {
+    "LoRA": {"method": {"rank": 4, "alpha": 8}},
+    "LoRA+": {"method": {"rank": 4, "alpha": 8}, "optim": {"lr": 1e-3, "lora_plus_ratio": 8}},
+    "rsLoRA": {"method": {"rank": 4, "alpha": 8, "rslora": True}},
+    "DoRA": {"method": {"rank": 4, "alpha": 8, "dora": True}},
+    "LoRA-FA": {"method": {"rank": 4, "alpha": 8, "freeze_a": True}},
+    "orthogonal start": {"method": {"rank": 4, "alpha": 8, "init": "orthogonal"}},
+    "PiSSA": {"method": {"rank": 4, "alpha": 8, "init": "pissa"}},
+    "OLoRA": {"method": {"rank": 4, "alpha": 8, "init": "olora"}},
+    "DyLoRA": {"method": {"kind": "dylora", "rank": 4, "alpha": 8}},
+    "AdaLoRA": {"method": {"kind": "adalora", "rank": 2, "first_rank": 4, "alpha": 8, "every": 2}},
+    "VeRA": {"method": {"kind": "vera", "rank": 16}},
+    "LoHa": {"method": {"kind": "loha", "rank": 3, "alpha": 6}},
+    "LoKr": {"method": {"kind": "lokr", "rank": 3, "alpha": 6}},
+    "MiSS": {"method": {"kind": "miss", "rank": 4}},
+}
+
+_DORA = "its lengths are no sum of low-rank updates"
+_FOUR = "it needs the base's own numbers"
+_SHAPES = "its products do not fit packed weights"
+_ONE = "a run carries one such adapter"
+CROSSES = {
+    ("DoRA", "Playground and blend"): _DORA,
+    ("DoRA", "bake"): _DORA,
+    ("orthogonal start", "4-bit base"): _FOUR,
+    ("PiSSA", "4-bit base"): _FOUR,
+    ("OLoRA", "4-bit base"): _FOUR,
+    ("LoHa", "4-bit base"): _SHAPES,
+    ("LoKr", "4-bit base"): _SHAPES,
+    **{(name, "parallel"): _ONE for name in ("DoRA", "LoRA-FA", "orthogonal start", "PiSSA", "OLoRA", "DyLoRA", "AdaLoRA", "VeRA", "LoHa", "LoKr", "MiSS")},
+}
+
+
+def table() -> str:
+    """The table in Markdown."""
+    lines = ["| method | " + " | ".join(ABILITIES) + " |", "| --- |" + " --- |" * len(ABILITIES)]
+    for name in METHODS:
+        lines.append(f"| {name} | " + " | ".join("no: " + CROSSES[name, what] if (name, what) in CROSSES else "yes" for what in ABILITIES) + " |")
+    return "\n".join(lines)

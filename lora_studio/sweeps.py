@@ -1,0 +1,175 @@
+"""The verbs of a sweep: check one, start one as a run of the queue, and read what it found. It is followed, stopped and resumed as any run."""
+
+from lora_studio import runs, studio
+from lora_studio.errors import Problem, RunError, SpecError
+from lora_studio.jobs import checks, queue
+from lora_studio.preflight import Report, gigabytes, pinned, preflight
+from lora_studio.spec import Source, TrainSpec, sweep, to_tree
+from lora_studio.spec.sweep import SweepSpec, Variant
+from lora_studio.workspace import Workspace
+
+OWN = ("adapter", "gradients", "optimizer")  # what each adapter has for itself
+
+
+def compose(run: TrainSpec, over: list[str] = (), **asked) -> SweepSpec:
+    """A sweep of a run: `over` as texts `path=value,value`, `asked` other settings of SweepSpec (variants, folds, together, keep).
+    Raises SpecError with every problem."""
+    values = {}
+    for text in over:
+        path, sign, listed = text.partition("=")
+        if not sign or not path.strip() or not listed.strip():
+            raise SpecError("sweep.over", text=text)
+        if path.strip() in values:
+            raise SpecError("sweep.twice", words=f"{path.strip()} is given twice")
+        values[path.strip()] = runs.settings.read_yaml(f"[{listed.strip().removeprefix('[').removesuffix(']')}]", f"--over {path}")
+    tree = {
+        "name": f"sweep of {run.name}"[:120],
+        "run": to_tree(run),
+        **{name: value for name, value in asked.items() if value is not None},
+    }
+    if values:
+        tree["over"] = values
+    if not values and not tree.get("variants") and not tree.get("folds"):
+        raise SpecError("sweep.what")
+    return sweep.parse(_with_numbers(tree))
+
+
+def _with_numbers(tree: dict) -> dict:
+    """YAML reads 1e-4 as a text; a setting that is a number gets one. Data may be given as paths alone."""
+    numbers = {leaf.path for leaf in runs.settings.leaves() if leaf.type in (int, float)}
+
+    def read(path: str, value):
+        if path == "data" and isinstance(value, str):
+            return [{"path": value}]
+        if path not in numbers or not isinstance(value, str):
+            return value
+        try:
+            return float(value)
+        except ValueError:
+            return value
+
+    over = {path: [read(path, value) for value in values] for path, values in tree.get("over", {}).items()}
+    variants = [{path: read(path, value) for path, value in one.items()} for one in tree.get("variants", [])]
+    return {**tree, "over": over, "variants": variants}
+
+
+def check(workspace: Workspace, spec: SweepSpec, *, deep: bool = False) -> Report:
+    """Everything that can be said before a sweep starts: of each variant what is said of a run, and whether all fit into the memory
+    together. `deep` also encodes the rows of the first variant, in a process of its own."""
+    found, report, said, adapters = sweep.variants(spec), Report(), set(), 0
+    for one in found:
+        own = preflight(workspace, one.spec, deep=deep and one.number == 0)
+        if one.number == 0:
+            report = Report(facts=dict(own.facts), preview=own.preview)
+        parts = own.facts.get("memory_parts", {})
+        # The best weights are kept beside the adapter.
+        adapters += ((spec.folds or 0) + 1) * (parts.get("adapter", 0) + sum(parts.get(name, 0) for name in OWN))
+        for problem in own.problems:
+            if (problem.path, problem.sentence) not in said:
+                words = problem.sentence if one.number == 0 else f"{one.words}: {problem.sentence}"
+                report.problems.append(Problem(problem.path, words, problem.level))
+            said.add((problem.path, problem.sentence))
+    report.facts |= {"variants": len(found), "adapters": len(sweep.lanes(spec, found))}
+    if "memory_parts" in report.facts:
+        _size_up(spec, adapters, report)
+    return report
+
+
+def _size_up(spec: SweepSpec, adapters: int, report: Report) -> None:
+    """Compare what all adapters need together with what is free: the base is there once, `adapters` are the bytes of all of them with
+    their optimizers, and what the backward pass needs counts for each that goes through the model at once."""
+    parts, device, count = report.facts["memory_parts"], report.facts["device"], report.facts["adapters"]
+    batch = parts.get("activations", 0) + (0 if spec.run.compute.packing else parts.get("logits", 0))
+    at_once = min(spec.together or count, count)
+    shared = report.facts["memory"] - sum(parts.get(name, 0) for name in OWN) - batch
+    needed = shared + adapters + at_once * batch
+    report.facts |= {"memory": needed, "memory_of_a_batch": batch}
+    free = checks.free_memory(device)
+    if free is None or needed <= free:
+        return
+    room = int((free - shared - adapters) // batch) if batch else 0
+    advice = f"Set together to {room}." if 0 < room < at_once else "Give fewer values, or lower schedule.batch_size."
+    report.add(
+        "together", SpecError("sweep.memory", needed=gigabytes(needed), count=count, device=device, free=gigabytes(free), advice=advice)
+    )
+
+
+def start(workspace: Workspace, spec: SweepSpec) -> str:
+    """Check a sweep, write its run folder, queue it and start it when its device is free. Returns the run's id. Raises SpecError with
+    every problem that stands in the way, before anything is loaded."""
+    report = check(workspace, spec)
+    if not report.can_start:
+        raise SpecError("spec.problems", problems=[problem for problem in report.problems if problem.level == "error"])
+    folder = runs.create(workspace, _pinned(spec))
+    runs.set_card(folder, base=spec.run.base.id, method="sweep")
+    queue.add(workspace, folder, device=report.facts["device"])
+    queue.pump()
+    return folder.name
+
+
+def _pinned(spec: SweepSpec) -> SweepSpec:
+    """The sweep with local paths made absolute, so that a worker finds them wherever it runs."""
+
+    def here(path: str, value):
+        if path != "data":
+            return value
+        run = spec.run.model_copy(update={"data": [Source.model_validate(one) for one in value]})
+        return [one.model_dump(mode="json", exclude_defaults=True) for one in pinned(run).data]
+
+    over = {path: [here(path, value) for value in values] for path, values in spec.over.items()}
+    listed = [{path: here(path, value) for path, value in one.items()} for one in spec.variants]
+    return spec.model_copy(update={"run": pinned(spec.run), "over": over, "variants": listed})
+
+
+def result(workspace: Workspace, id: str) -> dict:
+    """What a sweep has found so far, also while it goes on. `variants`, each with name, words, changes, state, reason, step and steps,
+    `validation` (its lowest loss; with folds the mean over them, None until each has one), `folds` (the lowest loss of each), `library`
+    (the id of its adapter, once shelved), and curves of [step, loss]: `train` and `judged` (with folds of the adapter of all rows, and
+    the mean over the folds). `best` is the number of the variant with the lowest validation loss so far, and `kept` the one that the
+    finished sweep chose. Raises RunError when the run is no sweep."""
+    folder = workspace.run_folder(id)
+    if runs.kind_of(folder) != "sweep":
+        raise RunError("sweep.other", id=folder.name)
+    spec = sweep.parse(runs.settings.read_tree(folder / "spec.yaml"))
+    status, events = studio.show(workspace, id), studio.events(workspace, id)
+    told = [_told(one, spec, [event for event in events if event.get("variant") == one.number]) for one in sweep.variants(spec)]
+    judged = [one for one in told if one["validation"] is not None and one["state"] != "failed"]
+    done = next((event for event in reversed(events) if event["kind"] == "done"), {})
+    return {
+        "id": folder.name, "state": status.state, "reason": status.reason, "base": spec.run.base.id, "folds": spec.folds,
+        "step": status.step, "steps": status.steps, "variants": told, "kept": done.get("best"),
+        "best": min(judged, key=lambda one: one["validation"])["number"] if judged else None,
+    }  # fmt: skip
+
+
+def _told(one: Variant, spec: SweepSpec, events: list[dict]) -> dict:
+    """What the events say of one variant."""
+    steps = [event for event in events if event["kind"] == "step" and "fold" not in event]
+    evals = [event for event in events if event["kind"] == "eval"]
+    ends = [event for event in events if event["kind"] == "variant"]
+    whole = next((event for event in ends if "fold" not in event), None)
+    broken = next((event for event in ends if event["state"] == "failed"), None)
+    by_fold = [[event for event in evals if event.get("fold") == fold] for fold in (range(spec.folds) if spec.folds else [None])]
+    lowest = [_score(one.spec, found) for found in by_fold]
+    known = all(loss is not None for loss in lowest)
+    return {
+        "number": one.number, "name": one.spec.name, "words": one.words, "changes": one.changes,
+        "state": broken["state"] if broken else whole["state"] if whole else "running" if steps else "waiting",
+        "reason": (broken or whole or {}).get("reason", ""), "step": steps[-1]["step"] if steps else 0, "steps": steps[-1]["steps"] if steps else 0,
+        "loss": steps[-1]["loss"] if steps else None, "validation": sum(lowest) / len(lowest) if known else None, "folds": lowest if spec.folds else [],
+        "library": next((event["library"] for event in events if event["kind"] == "note" and "library" in event), None),
+        "train": [[event["step"], event["loss"]] for event in steps], "judged": _mean_curve(by_fold),
+    }  # fmt: skip
+
+
+def _score(spec: TrainSpec, evals: list[dict]) -> float | None:
+    """The validation loss of what a run gives: the lowest after its first step, or the last where the last weights are taken."""
+    losses = [event["loss"] for event in evals if event["step"]]
+    return (min(losses) if spec.validation.keep_best else losses[-1]) if losses else None
+
+
+def _mean_curve(by_fold: list[list[dict]]) -> list[list[float]]:
+    """[step, mean validation loss] where every fold has one."""
+    tables = [{event["step"]: event["loss"] for event in found} for found in by_fold]
+    shared = sorted(set.intersection(*map(set, tables))) if tables else []
+    return [[step, sum(table[step] for table in tables) / len(tables)] for step in shared]
