@@ -307,7 +307,8 @@ def _size_up(spec: TrainSpec, info: bases.BaseInfo, report: Report) -> None:
 
 def _foresee(spec: TrainSpec, info: bases.BaseInfo, report: Report) -> None:
     """What the run takes of the memory, part by part, beside what is free; what to change where that is too much."""
-    if info.parameters is None or bool(info.pipeline) != (spec.task.kind == "image"):
+    is_misfit = info.folder is not None and bool(info.pipeline) != (spec.task.kind == "image")  # which is said already
+    if info.parameters is None or is_misfit:
         return
     device, trainable = report.facts["device"], report.facts.get("trainable", 0)
     rows = memory.rows_of_facts(report.facts) or report.rows

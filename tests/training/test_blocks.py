@@ -149,7 +149,7 @@ def test_encoders_on_the_processor_are_refused_where_all_is_there_anyway(workspa
     assert [problem.path for problem in told.problems if problem.level == "error"] == ["compute.encoders"]
 
 
-@pytest.mark.parametrize("change", [{"quantize": "4bit"}, {"encoders": "cpu"}, {"compile": True}, {"block_swap": 3, "checkpointing": True}])
+@pytest.mark.parametrize("change", [{"encoders": "4bit"}, {"encoders": "cpu"}, {"compile": True}, {"block_swap": 3, "checkpointing": True}])
 def test_memory_settings_of_image_models_are_refused_on_language_models(change):
     with pytest.raises(SpecError, match="image models only"):
         parse({"data": [{"path": "x"}], "compute": change})

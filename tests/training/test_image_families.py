@@ -261,7 +261,7 @@ def test_a_step_changes_the_adapter_only_and_its_file_draws_the_same_picture_in_
     part = pipelines.load_part(folder, family.component, torch.float32, "tiny")
     before = {name: value.clone() for name, value in part.state_dict().items()}
     spec = parse({"task": {"kind": "image"}, "data": [{"path": "x"}], "method": {"rank": 3, "alpha": 6.0}, "base": {"id": str(folder)}})
-    model = methods.attach_lora(part, spec, bases.inspect(Base(id=str(folder))).targets(ends))
+    model = methods.attach_peft(part, spec, bases.inspect(Base(id=str(folder))).targets(ends))
     objective = family.objective(pipelines.load_scheduler(folder))
     conditions = family.batch(embedded(folder, ["a blue star", ""]))
     x, noise = random_latents(folder, 2), random_latents(folder, 2, seed=4)

@@ -157,7 +157,7 @@ def test_a_cut_run_on_pairs_goes_on_to_the_identical_adapter_and_its_samples_are
 def test_the_source_counts_it_is_placed_as_its_picture_is_and_only_the_adapter_learns(folder, rows, workspace):
     run = runs.create(workspace, parse(tree(folder, rows)))
     task = image.ImageTask(runs.spec_of(run), device="cpu", note=lambda _: None, folder=run)
-    model = methods.attach_lora(task.load(), task.spec, ["to_q"])
+    model = methods.attach_peft(task.load(), task.spec, ["to_q"])
     (draws,) = order.Stream(order.Plan(task.counts, task.weights, 4, 1, 0)).step(0)
     groups = task.collate(draws)
     for shown in map(task.show.drawn, draws):
