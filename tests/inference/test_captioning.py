@@ -40,7 +40,7 @@ def captions(workspace) -> list[str]:
     return list(albums.view(workspace, "mine").captions.values())
 
 
-def work(folder, *, before=lambda: None, at: int = 0) -> list[dict]:
+def work(folder, *, before=lambda: None, at: int = 0, run=captioning.run) -> list[dict]:
     """Do a queued run here; `before` is called when step `at` is told. Its folded history."""
     queue.remove(folder)
     with runs.Events(folder) as events:
@@ -53,7 +53,7 @@ def work(folder, *, before=lambda: None, at: int = 0) -> list[dict]:
                 before()
 
         desk.emit = telling
-        captioning.run(folder, desk)
+        run(folder, desk)
     return runs.read_all(folder)
 
 

@@ -22,8 +22,8 @@ from lora_studio.spec.search import SearchSpec
 from lora_studio.training import loop
 from lora_studio.training.text import TextTask
 from lora_studio.ui.runs import tiles_of
-from lora_studio.worker import RunDesk
 from tests import tiny, tiny_image
+from tests.inference import test_captioning
 
 
 @pytest.fixture
@@ -45,20 +45,8 @@ ASKED = {"evaluations": 14, "device": "cpu", "precision": "fp32", "threads": 1, 
 
 
 def work(folder, *, before=lambda: None, at: int = 0) -> list[dict]:
-    """Do a queued run here; `before` is called when try `at` is told. Its folded history."""
-    queue.remove(folder)
-    with runs.Events(folder) as events:
-        desk = RunDesk(folder, events)
-        emit = desk.emit
-
-        def telling(kind, **fields):
-            emit(kind, **fields)
-            if kind == "step" and fields["step"] == at:
-                before()
-
-        desk.emit = telling
-        searching.run(folder, desk)
-    return runs.read_all(folder)
+    """Do a queued search here; `before` is called when try `at` is told. Its folded history."""
+    return test_captioning.work(folder, before=before, at=at, run=searching.run)
 
 
 def told(folder) -> bytes:

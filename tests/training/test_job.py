@@ -20,8 +20,8 @@ def run_of(workspace, tree) -> Path:
     return runs.create(workspace, parse(tree))
 
 
-def train(folder: Path, *, stop_at: int | None = None) -> list[dict]:
-    """Train in this process; the run's folded history."""
+def train(folder: Path, *, stop_at: int | None = None, work=None) -> list[dict]:
+    """Train in this process (or do other `work` on the folder); the run's folded history."""
     with runs.Events(folder) as events:
         desk = RunDesk(folder, events)
         if stop_at:
@@ -33,7 +33,7 @@ def train(folder: Path, *, stop_at: int | None = None) -> list[dict]:
                     runs.ask(folder, "stop", save=True)
 
             desk.emit = stopping
-        job.train(folder, desk)
+        (work or job.train)(folder, desk)
     return runs.read_all(folder)
 
 

@@ -14,6 +14,7 @@ from lora_studio.spec import sweep
 from lora_studio.training import job, lanes, loop, many
 from lora_studio.worker import RunDesk
 from tests import tiny, tiny_image
+from tests.training import test_job
 
 # Everything that may differ between adapters of a sweep, at once.
 APART = [
@@ -67,19 +68,7 @@ def made(workspace, tree, variants=APART, **more) -> Path:
 
 def train(folder: Path, *, stop_at: int | None = None) -> list[dict]:
     """Train a sweep in this process; its folded history."""
-    with runs.Events(folder) as events:
-        desk = RunDesk(folder, events)
-        if stop_at:
-            emit = desk.emit
-
-            def stopping(kind, **fields):
-                emit(kind, **fields)
-                if kind == "step" and fields["step"] == stop_at:
-                    runs.ask(folder, "stop", save=True)
-
-            desk.emit = stopping
-        many.run(folder, desk)
-    return runs.read_all(folder)
+    return test_job.train(folder, stop_at=stop_at, work=many.run)
 
 
 def adapter_bytes(folder: Path) -> dict[str, bytes]:
