@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_studio import adapters, checkpoints
 from lora_studio.checkpoints import writing
-from lora_studio.errors import AdapterError, BakeError, BaseModelError
+from lora_studio.errors import AdapterError, BakeError, BaseModelError, MachineError
 from tests import tiny, tiny_image
 
 BF16 = torch.bfloat16
@@ -223,6 +223,23 @@ def test_a_full_disk_or_a_stop_leaves_nothing_behind(tmp_path, monkeypatch):
     usage = writing.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(writing.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(BakeError, match=r"has 0\.0 GB free, and the baked model needs 0\.1 GB"):
+        checkpoints.apply(plan, tmp_path / "out")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_write_that_failed_while_the_rest_was_summed_is_told(tmp_path, monkeypatch):
+    base = write(tmp_path / "base")
+    plan = checkpoints.plan(base, [(adapters.read(adapter(base, tmp_path / "lora", seed=1)), 1.0)])
+    before = sorted(tmp_path.iterdir())
+
+    def broken(file):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(writing.os, "fdatasync", broken)
+    monkeypatch.setattr(writing, "FLUSH_SECONDS", 0.0)
+    slow = writing.numbers.rewritten
+    monkeypatch.setattr(writing.numbers, "rewritten", lambda *given: (time.sleep(0.05), slow(*given))[1])
+    with pytest.raises(MachineError, match="Input/output error"):
         checkpoints.apply(plan, tmp_path / "out")
     assert sorted(tmp_path.iterdir()) == before
 
