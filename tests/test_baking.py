@@ -34,6 +34,9 @@ def test_what_is_said_before_is_what_is_written_and_it_answers_as_the_adapters_d
     assert any(event["event"] == "progress" and event["done"] == event["total"] for event in events)
     recipe = json.loads((tmp_path / "out" / baking.RECIPE).read_text())
     assert recipe["sum"] == [{"adapter": one, "name": "one", "weight": 0.8}, {"adapter": two, "name": "two", "weight": -0.5}]
+    hashes = [library.card(workspace, id)["sha256"] for id in (one, two)]
+    assert [(parent["sha256"], parent["weight"]) for parent in recipe["lineage"]["parents"]] == list(zip(hashes, [0.8, -0.5]))
+    assert recipe["lineage"]["loss"] == told["loss"] and recipe["lineage"]["versions"].keys() == {"lora_studio", "torch"}
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| one | 0.8 |" in card and "vllm serve out" in card and "ollama create out" in card
     plain = transformers.AutoModelForCausalLM.from_pretrained(base)

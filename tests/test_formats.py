@@ -4,11 +4,12 @@ import json
 from pathlib import Path
 
 import diffusers
+import gguf
 import peft
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from lora_studio import adapters, bases, blend, formats, library
 from lora_studio.adapters.files import LINEAGE, read_metadata
@@ -157,6 +158,8 @@ def test_a_language_adapter_goes_out_as_peft_and_gguf_on_the_command_line(worksp
     id = library.add(workspace, tiny.adapter_files(base, seed=1), {"name": "mine", "base": str(base)})
     told = json.loads(command("export", "mine", tmp_path / "mine", "--as", "gguf", "--dtype", "float16", "--json").stdout)
     assert told["target"] == str(tmp_path / "mine.gguf") and told["modules"] == told["layers"] == 4 and 0 < told["worst"] < 2e-3 and told["by"] == "gguf"
+    own = json.loads(gguf.GGUFReader(tmp_path / "mine.gguf").get_field("lora_studio.lineage").contents())
+    assert (own["made"], own["form"], own["parents"][0]["sha256"]) == ("export", "gguf", library.card(workspace, id)["sha256"])
     said = command("export", "mine", tmp_path / "half", "--dtype", "bfloat16").stdout
     assert "4 of 4 layers matched, read by PEFT" in said
     assert peft.utils.load_peft_weights(str(tmp_path / "half"), device="cpu").popitem()[1].dtype == torch.bfloat16
@@ -176,3 +179,38 @@ def test_a_language_adapter_goes_out_as_peft_and_gguf_on_the_command_line(worksp
 def test_gguf_needs_a_base(base):
     with pytest.raises(StudioError, match="does not say which base"):
         exporting._checked_base("", "gguf")
+
+
+def test_lycoris_own_modules_compute_what_a_kohya_file_means(pipeline, workspace, tmp_path, monkeypatch):
+    """Their forward, layer by layer, on the very layers of the pipeline: a loader that shares no code with diffusers."""
+    from lycoris.modules.locon import LoConModule
+
+    monkeypatch.setattr(bench, "ask", asked_here)
+    id = library.add(workspace, of_image(pipeline), {"name": "style", "base": str(pipeline)})
+    told = formats.export_as(workspace, id, tmp_path / "out", form="kohya")
+    tensors = load_file(told["target"])
+    plain, meant = diffusers.DiffusionPipeline.from_pretrained(pipeline), adapters.read(library.adapter_folder(workspace, id)).modules
+    starts = {"text_encoder": "lora_te1_" if pipeline.name == "sdxl" else "lora_te_", "text_encoder_2": "lora_te2_"}
+    seen, draw = 0, torch.Generator().manual_seed(3)
+    for name, update in meant.items():
+        part, _, rest = name.partition(".")
+        part, rest = (part, rest) if part in starts else ("unet", name)
+        owner = getattr(plain, part)
+        layer = dict(owner.named_modules()).get(rest) or dict(owner.named_modules())[f"text_model.{rest}"]
+        stems = [f"{starts.get(part, 'lora_unet_')}{text}{rest}".replace(".", "_") for text in ("", "text_model.")]
+        (stem,) = [stem for stem in stems if f"{stem}.lora_up.weight" in tensors]
+        up, down, alpha = (tensors.pop(f"{stem}.{word}") for word in ("lora_up.weight", "lora_down.weight", "alpha"))
+        theirs = LoConModule.make_module_from_state_dict(stem, layer, up, down, None, alpha, None).eval()
+        size = (2, layer.in_features) if isinstance(layer, torch.nn.Linear) else (2, layer.in_channels, 6, 6)
+        given = torch.randn(size, generator=draw)
+        wanted = torch.nn.functional.linear(given, layer.weight + update.delta(), layer.bias) if isinstance(layer, torch.nn.Linear) else None
+        if wanted is None:
+            how = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
+            wanted = torch.nn.functional.conv2d(given, layer.weight + update.delta(), layer.bias, **how)
+        with torch.no_grad():
+            theirs.apply_to()
+            got = layer(given)
+            theirs.restore()
+        assert torch.allclose(got, wanted, rtol=1e-4, atol=1e-4), name
+        seen += 1
+    assert seen == len(meant) and not tensors

@@ -20,6 +20,8 @@ ARCHITECTURES = {
     "gemma": ("GEMMA", False), "gemma2": ("GEMMA2", False), "gemma3_text": ("GEMMA3", False), "phi3": ("PHI3", False),
 }  # fmt: skip
 
+LINEAGE_KEY = "lora_studio.lineage"  # what the adapter was made of, as JSON
+
 
 @dataclass(frozen=True)
 class Report:
@@ -30,7 +32,7 @@ class Report:
     bytes: int
 
 
-def export(adapter: Adapter, config: dict, target: Path, *, dtype: str = "float32", name: str = "") -> Report:
+def export(adapter: Adapter, config: dict, target: Path, *, dtype: str = "float32", name: str = "", lineage: str = "") -> Report:
     """Write an adapter of a language model whose config.json is `config` to the new file `target`, whole or not at all, and read it back.
     dtype is float32 or float16. Raises AdapterError for what the format cannot carry, and when what is read back is something else."""
     import gguf
@@ -51,6 +53,8 @@ def export(adapter: Adapter, config: dict, target: Path, *, dtype: str = "float3
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(rank))  # the scale is in the factors
         writer.add_string(gguf.Keys.General.NAME, name or "adapter")
+        if lineage:
+            writer.add_string(LINEAGE_KEY, lineage)
         for layer, module in adapter.modules.items():
             place = _place(names, layer, module)
             even = module.balanced().padded(rank)

@@ -1,13 +1,16 @@
 """Baking on the bench: what it would write and lose, the writing itself, and an adapter taken out of a fine-tuned model."""
 
+import json
 from pathlib import Path
 
 from lora_studio import adapters, bases, checkpoints
+from lora_studio.adapters.files import LINEAGE
 from lora_studio.errors import BenchError
 from lora_studio.inference import reshaping
-from lora_studio.inference.blends import parents_of, put, stamped
+from lora_studio.inference.blends import lineage, parents_of, put, stamped
 from lora_studio.inference.requests import argument, base_of
 
+RECIPE = "lora_studio.json"
 EVERY = 1 << 26  # bytes between two reports
 
 
@@ -44,7 +47,7 @@ def bake(reader, job, request: dict) -> tuple[str, dict]:
             last = done
             job.send("progress", done=done, total=total)
 
-    checkpoints.apply(plan, Path(argument(request, "target", str)), report=report, texts=_texts(request.get("files")))
+    checkpoints.apply(plan, Path(argument(request, "target", str)), report=report, texts=_with_lineage(_texts(request.get("files")), dtype, told))
     return "done", told
 
 
@@ -68,6 +71,15 @@ def extract(reader, job, request: dict) -> tuple[str, dict]:
     ranks = sorted(module.rank for module in found.modules.values())
     told = {"loss": found.loss, "layers": len(ranks), "ranks": [ranks[0], ranks[-1]], "left_out": list(found.left_out)}
     return "done", {**told, "bytes": sum(map(len, files.values()))}
+
+
+def _with_lineage(texts: dict[str, bytes], dtype: str | None, told: dict) -> dict[str, bytes]:
+    """The recipe that is written beside a model, with the parents' content hashes, the error and the versions: the headers of the weights stay the base's own."""
+    if RECIPE not in texts:
+        return texts
+    own = lineage({"made": "bake", "dtype": dtype, "loss": told["loss"]}, told["parents"])
+    recipe = {**json.loads(texts[RECIPE]), "lineage": json.loads(own[LINEAGE])}
+    return {**texts, RECIPE: (json.dumps(recipe, indent=2, ensure_ascii=False) + "\n").encode()}
 
 
 def _texts(given) -> dict[str, bytes]:

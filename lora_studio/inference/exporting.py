@@ -50,10 +50,10 @@ def export(reader, job, request: dict) -> tuple[str, dict]:
     adapter = adapters.read(path)
     base = _checked_base(request.get("base") or adapter.card.base, form)
     job.doing = f"writing it as {form}"
+    own = lineage({"made": "export", "form": form, "dtype": dtype}, [{"name": label_of(path), "sha256": digest(Path(path)), "weight": 1.0}])
     if form == "gguf":
-        told = _gguf(adapter, base, target, dtype, str(request.get("name") or ""))
+        told = _gguf(adapter, base, target, dtype, name=str(request.get("name") or ""), lineage=own[LINEAGE])
     else:
-        own = lineage({"made": "export", "form": form, "dtype": dtype}, [{"name": label_of(path), "sha256": digest(Path(path)), "weight": 1.0}])
         files = adapters.write(adapter, dtype=dtype)
         files[adapters.WEIGHTS] = reheaded(files[adapters.WEIGHTS], metadata=own)
         job.check()
@@ -71,14 +71,14 @@ def _checked_base(given, form: str):
     return base_of(given or "unknown")
 
 
-def _gguf(adapter, base, target: Path, dtype: str, name: str) -> dict:
+def _gguf(adapter, base, target: Path, dtype: str, **said: str) -> dict:
     """By gguf_files, which reads it back itself. Raises StudioError."""
     if pipeline_files.part_of(adapter.card.config):
         raise AdapterError("gguf.family", kind="image model", known=", ".join(gguf_files.ARCHITECTURES))
     folder = bases.fetch(base)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     try:
-        report = gguf_files.export(adapter, config, target, dtype=dtype, name=name)
+        report = gguf_files.export(adapter, config, target, dtype=dtype, **said)
     except OSError as error:
         raise MachineError("machine.write", path=target, reason=error.strerror or str(error)) from None
     return {"modules": report.modules, "layers": len(adapter.modules), "worst": report.worst, "bytes": report.bytes, "by": "gguf"}
