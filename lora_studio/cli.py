@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lora_studio import __version__, cli_captions, cli_judge, cli_merge, cli_shelf, cli_sweep, doctor, presets, settings, studio
-from lora_studio.cli_shelf import answer
+from lora_studio.cli_shelf import answer, refuse
 from lora_studio.errors import RunError, SpecError, StudioError
 from lora_studio.runs import Status
 from lora_studio.workspace import local
@@ -137,11 +137,7 @@ def train(spec, *, preset, as_json, detach, show_spec):
         return
     workspace = local()
     report = studio.preflight(workspace, spec, deep=True)
-    for problem in report.problems:
-        if problem.level != "error":
-            say.print(f"{problem.level}: {problem.sentence}")
-    if not report.can_start:
-        raise SpecError("spec.problems", problems=[problem for problem in report.problems if problem.level == "error"])
+    refuse(report, say)
     id = studio.start(workspace, spec)
     say.print(f"Run {id} is in {workspace.run_folder(id)}")
     if detach:

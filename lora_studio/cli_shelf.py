@@ -238,6 +238,15 @@ def register(app: typer.Typer) -> None:
         app.command(name, help=help)(function)
 
 
+def refuse(report, say) -> None:
+    """Tell what a preflight noticed, and raise SpecError with what stands in the way."""
+    for problem in report.problems:
+        if problem.level != "error":
+            say.print(f"{problem.level}: {problem.sentence}")
+    if not report.can_start:
+        raise SpecError("spec.problems", problems=[problem for problem in report.problems if problem.level == "error"])
+
+
 def weighted(parts: list[str], layers: Sequence[str] = ()) -> shelf.Parts:
     """Each `name=weight`, or a name alone for weight 1, and `name:pattern=weight` for its layers that a pattern means. Raises SpecError."""
     found = [_number(text) for text in parts]

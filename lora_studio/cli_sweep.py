@@ -5,8 +5,8 @@ import time
 import click
 
 from lora_studio import settings, studio, sweeps
-from lora_studio.cli_shelf import answer
-from lora_studio.errors import RunError, SpecError
+from lora_studio.cli_shelf import answer, refuse
+from lora_studio.errors import RunError
 from lora_studio.workspace import local
 
 FLAGS = {"over", "variants", "folds", "together", "keep"}
@@ -25,11 +25,7 @@ def run(spec, say, *, as_json: bool, detach: bool, over=(), variants=(), folds=N
     listed = [settings.read_yaml(text, "--variant") for text in variants] or None
     wanted = sweeps.compose(spec, list(over), variants=listed, folds=folds, together=together, keep=keep)
     report = sweeps.check(workspace, wanted, deep=True)
-    for problem in report.problems:
-        if problem.level != "error":
-            say.print(f"{problem.level}: {problem.sentence}")
-    if not report.can_start:
-        raise SpecError("spec.problems", problems=[problem for problem in report.problems if problem.level == "error"])
+    refuse(report, say)
     id = sweeps.start(workspace, wanted)
     say.print(f"Run {id} trains {report.facts['adapters']} adapters in {workspace.run_folder(id)}")
     if detach:
