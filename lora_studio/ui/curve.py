@@ -3,14 +3,16 @@
 import gradio as gr
 
 CURVE = """<p class="cap"><b>Error when compressed to a rank</b> <output aria-live="off"></output></p>
-<canvas role="img" aria-label="error at every rank"></canvas>"""
+<canvas role="img" aria-label="error at every rank"></canvas>
+<input type="range" min="1" step="1" aria-label="rank of the blend">"""
 CURVE_CSS = """
 .cap{margin:0 0 4px;font-size:13.5px;color:var(--body-text-color);display:flex;flex-wrap:wrap;gap:2px 10px;justify-content:space-between}
 .cap output{color:var(--body-text-color-subdued)}
 canvas{width:100%;height:220px;display:block;cursor:crosshair}
+input{width:100%;margin:2px 0 0;accent-color:var(--color-accent)}
 """
 CURVE_SCRIPT = r"""
-const canvas = element.querySelector('canvas'), output = element.querySelector('output'), pen = canvas.getContext('2d');
+const canvas = element.querySelector('canvas'), slider = element.querySelector('input'), output = element.querySelector('output'), pen = canvas.getContext('2d');
 const FLOOR = 1e-3, L = 54, R = 14, T = 10, B = 34; let found = null, over = null;
 const percent = loss => loss === 0 ? '0 %' : loss < 1e-4 ? 'below 0.01 %' : (100 * loss).toPrecision(loss < .1 ? 2 : 3).replace(/\.?0+$/, '') + ' %';
 const X = (rank, w) => L + rank / Math.max(1, found.exact) * (w - L - R);
@@ -35,12 +37,14 @@ function draw(){
   const rank = over ?? found.chosen; output.textContent = rank === found.exact ? `exact at rank ${rank}: no error` : `rank ${rank}: error ${percent(found.losses[rank])}`;
   element.dataset.chosen = found.chosen; canvas.setAttribute('aria-label', 'error at every rank; ' + output.textContent);
 }
-function take(){ found = props.value ? JSON.parse(props.value) : null; over = null; element.style.display = found ? '' : 'none'; draw(); }
+function take(){ found = props.value ? JSON.parse(props.value) : null; over = null; if(found){ slider.max = found.exact; slider.value = found.chosen; } element.style.display = found ? '' : 'none'; draw(); }
 function under(event){ if(!found) return null; const box = canvas.getBoundingClientRect(), share = (event.clientX - box.left - L) / (box.width - L - R);
   return Math.max(1, Math.min(found.exact, Math.round(share * found.exact))); }
 canvas.addEventListener('pointermove', event => { over = under(event); draw(); });
 canvas.addEventListener('pointerleave', () => { over = null; draw(); });
 canvas.addEventListener('click', event => { const rank = under(event); if(rank) trigger('pick', {rank: rank === found.exact ? 0 : rank}); });
+slider.addEventListener('input', () => { over = +slider.value; draw(); });
+slider.addEventListener('change', () => { if(found) trigger('pick', {rank: +slider.value === found.exact ? 0 : +slider.value}); });
 watch('value', take); new ResizeObserver(draw).observe(canvas); take();
 """
 

@@ -203,3 +203,13 @@ def test_nothing_sticks_out_with_every_part_open(shelf, open_page, scheme, width
     expect(page.locator("#judge-map tbody tr")).to_have_count(5, timeout=90_000)
     expect(block(page, "model.layers.3")).to_be_visible()
     assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
+
+
+def test_the_rank_is_a_slider_under_its_curve_for_the_keyboard_too(shelf, open_page):
+    page = both(open_page)
+    slider = page.get_by_role("slider", name="rank of the blend")
+    expect(slider).to_have_value("8")
+    slider.focus()
+    page.keyboard.press("ArrowLeft")
+    expect(page.locator("#blend-rank input, #blend-rank textarea").first).to_have_value("7")
+    expect(page.locator("#blend-curve output")).to_contain_text("rank 7: error")
