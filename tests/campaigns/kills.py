@@ -79,7 +79,8 @@ def kill(workspace, id: str, *, after: float, training: bool = True) -> int:
     except ProcessLookupError:
         return -1
     until = time.monotonic() + 20
-    while runs.is_live(folder) and time.monotonic() < until:
+    # A dying process lets go of its lock a moment before it is gone from the table of processes.
+    while (runs.is_live(folder) or local.processes(folder)) and time.monotonic() < until:
         local.reap()
         time.sleep(0.02)
     assert not local.processes(folder), "a process of the run outlived SIGKILL"
