@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from lora_studio import bases, durable, runs
+from lora_studio import bases, durable, fence, runs
 from lora_studio.errors import BaseModelError, DataError, MachineError
 from lora_studio.home import home
 from lora_studio.jobs import devices, queue
@@ -53,8 +53,8 @@ def folder(workspace: Workspace, name: str) -> Path:
 
 def named(workspace: Workspace, path: str) -> str | None:
     """The album that a source's path means, if it is one of this workspace."""
-    here = Path(path).expanduser()
-    return here.name if here.parent == workspace.data and here.name in names(workspace) else None
+    here = fence.place(path)
+    return here.name if here is not None and here.parent == workspace.data and here.name in names(workspace) else None
 
 
 def view(workspace: Workspace, name: str) -> View:
@@ -95,6 +95,7 @@ def copy(workspace: Workspace, path: str, *, name: str = "", report: Report | No
 def add(workspace: Workspace, name: str, files: list[Path], *, report: Report | None = None) -> Incoming:
     """Bring more pictures into an album. Returns what came in. Raises DataError; then it is as it was."""
     target = folder(workspace, name)
+    fence.refuse_bytes(workspace)
     with _scratch(workspace) as scratch:
         found = intake.gather(files, scratch=scratch, cache=home() / "cache" / "archives", report=report)
         album.add(target, lambda place, taken: intake.bring(found, place, taken))
@@ -109,6 +110,7 @@ def _scratch(workspace: Workspace) -> Iterator[Path]:
 
 def _publish(workspace: Workspace, found: Incoming, name: str) -> str:
     """Make the folder of a new album, whole or not at all; its name, which no other file there has."""
+    fence.refuse_bytes(workspace)
     workspace.data.mkdir(parents=True, exist_ok=True)
     stage = Path(tempfile.mkdtemp(dir=workspace.data, prefix=durable.TEMPORARY))
     try:

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from lora_studio import bases, durable, library, shelf
+from lora_studio import bases, durable, fence, library, shelf
 from lora_studio.errors import BakeError, BlendError
 from lora_studio.jobs import bench
 from lora_studio.spec import Base
@@ -57,6 +57,7 @@ def folder_for(workspace: Workspace, name: str) -> Path:
     safe = re.sub(r"[^\w.-]+", "-", name.strip(), flags=re.ASCII).strip("-.")[:60]
     if not safe:
         raise BakeError("bake.name")
+    fence.refuse_bytes(workspace)
     target = workspace.root / "models" / safe
     if target.exists():
         raise BakeError("bake.target", path=target)

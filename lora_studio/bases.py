@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_studio import families, single_files
+from lora_studio import families, fence, single_files
 from lora_studio.errors import BaseModelError, StudioError
 from lora_studio.home import demo_base
 from lora_studio.spec import Base, methods
@@ -49,16 +49,17 @@ class BaseInfo:
 
 def locate(base: Base) -> Path | None:
     """The folder (or the one file) of a base on this machine; None when it is a Hub id that has to be fetched. Raises BaseModelError."""
+    fence.refuse_base(base.id)
     bundled = demo_base(base.id)
     if bundled:
         return bundled
-    here = Path(base.id).expanduser()
-    if here.is_dir():
-        return here.absolute()
-    if here.is_file():
-        single_files.header(base.id, here.absolute())
-        return here.absolute()
-    if here.suffix.lower() in (".safetensors", *single_files.PICKLED):
+    here = fence.place(base.id)
+    if here is not None and here.is_dir():
+        return here
+    if here is not None and here.is_file():
+        single_files.header(base.id, here)
+        return here
+    if Path(base.id).suffix.lower() in (".safetensors", *single_files.PICKLED):
         raise BaseModelError("base.no_file", id=base.id)
     if not _is_hub_id(base.id):
         raise BaseModelError("base.missing", id=base.id, hint="Known: " + ", ".join(families.known_bases()[:4]) + ", ...")
@@ -238,7 +239,7 @@ def digest_ends(digest, file: Path, name: str) -> None:
 
 def fetch(base: Base, *, token: str | None = None) -> Path:
     """The folder of a base, fetched from the Hub when it is not here. Raises BaseModelError with the way out."""
-    folder = locate(base)
+    folder, token = locate(base), token or fence.lent()
     if folder is not None:
         return folder
     import httpx2
@@ -284,7 +285,7 @@ def _refusal(error) -> str:
     from huggingface_hub import get_token
 
     status = error.response.status_code if getattr(error, "response", None) is not None else None
-    return "base.bad_token" if status == 401 and get_token() else "base.not_found"
+    return "base.bad_token" if status == 401 and (fence.lent() or get_token()) else "base.not_found"
 
 
 def _unreachable(base: Base, error: BaseException) -> StudioError:

@@ -117,8 +117,8 @@ def shown(id: str) -> str:
     return re.split(r"[/\\]", id.rstrip("/\\"))[-1] or "a local folder"
 
 
-def write(facts: Facts, *, repo_id: str | None = None) -> str:
-    """The card as Markdown with front matter that the Hub accepts. `repo_id` is where it will be published."""
+def write(facts: Facts, *, repo_id: str | None = None, folder: str = "") -> str:
+    """The card as Markdown with front matter that the Hub accepts. `repo_id` is where it will be published, `folder` the subfolder there."""
     kind = "blend of LoRA adapters" if facts.parents else "LoRA adapter"
     base = f"[{escape(facts.base)}](https://huggingface.co/{facts.base})" if is_hub_id(facts.base) else f"`{_code(shown(facts.base))}`"
     parts = [
@@ -127,7 +127,7 @@ def write(facts: Facts, *, repo_id: str | None = None) -> str:
         f"A {kind} for {base}, made with LoRA Studio.\n",
         "\n".join(f"{escape(line)}\n" for line in facts.notes.splitlines() if line.strip()),
         f"Its trigger is `{_code(facts.trigger)}`.\n" if facts.trigger else "",
-        _section("How to load it", fence(_loading(facts, repo_id), "python")),
+        _section("How to load it", fence(_loading(facts, repo_id, folder), "python")),
         _parents(facts),
         _section("Sample pictures", "\n".join(f"![{escape(prompt)}]({name})\n" for prompt, name in facts.pictures)),
         _section("Sample answers", "\n".join(_sample(sample) for sample in facts.samples)),
@@ -168,7 +168,12 @@ def front_matter(facts: Facts) -> str:
     return yaml.safe_dump(head, sort_keys=False, allow_unicode=False, width=1 << 20)
 
 
-def _loading_pictures(facts: Facts, repo_id: str | None) -> str:
+def _place(repo_id: str | None, folder: str) -> str:
+    """Where an adapter is loaded from, as arguments."""
+    return json.dumps(repo_id or "owner/name") + (f", subfolder={json.dumps(folder)}" if folder else "")
+
+
+def _loading_pictures(facts: Facts, repo_id: str | None, folder: str) -> str:
     name = json.dumps(shown(facts.base))
     revision = f", revision={json.dumps(facts.base_revision)}" if facts.base_revision and is_hub_id(facts.base) else ""
     demo = facts.base.startswith("demo-")
@@ -182,7 +187,7 @@ def _loading_pictures(facts: Facts, repo_id: str | None) -> str:
         f"from diffusers import {pipeline}",
         "",
         f"pipeline = {pipeline}.{load}({base}{revision})" + ("" if demo or is_hub_id(facts.base) else "  # a local model: give its path"),
-        f"pipeline.load_lora_weights({json.dumps(repo_id or 'owner/name')}, weight_name={json.dumps(facts.pipeline_file)})",
+        f"pipeline.load_lora_weights({_place(repo_id, folder)}, weight_name={json.dumps(facts.pipeline_file)})",
         f"pipeline({prompt}).images[0].save(\"picture.png\")",
     ])  # fmt: skip
 
@@ -195,9 +200,9 @@ def _pipeline_of_file(path: str) -> str:
         return "StableDiffusionPipeline"
 
 
-def _loading(facts: Facts, repo_id: str | None) -> str:
+def _loading(facts: Facts, repo_id: str | None, folder: str) -> str:
     if facts.pipeline_file:
-        return _loading_pictures(facts, repo_id)
+        return _loading_pictures(facts, repo_id, folder)
     demo = facts.base.startswith("demo-")
     lines = ["from peft import PeftModel", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
     if demo:
@@ -209,7 +214,7 @@ def _loading(facts: Facts, repo_id: str | None) -> str:
     lines += [
         f"tokenizer = AutoTokenizer.from_pretrained(base{revision})",
         f"model = AutoModelForCausalLM.from_pretrained(base{revision})",
-        f"model = PeftModel.from_pretrained(model, {json.dumps(repo_id or 'owner/name')})",
+        f"model = PeftModel.from_pretrained(model, {_place(repo_id, folder)})",
         "",
     ]
     prompt = json.dumps(facts.samples[0].prompt if facts.samples else "Hello!")

@@ -12,7 +12,20 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lora_studio import __version__, cli_captions, cli_judge, cli_merge, cli_shelf, cli_sweep, doctor, presets, settings, studio
+from lora_studio import (
+    __version__,
+    cli_captions,
+    cli_compare,
+    cli_judge,
+    cli_merge,
+    cli_shelf,
+    cli_space,
+    cli_sweep,
+    doctor,
+    presets,
+    settings,
+    studio,
+)
 from lora_studio.cli_shelf import answer, refuse
 from lora_studio.errors import RunError, SpecError, StudioError
 from lora_studio.runs import Status
@@ -126,8 +139,8 @@ EXTRA: dict[str, click.Command] = {}
 _json = click.option("--json", "as_json", is_flag=True, help="Answer as JSON on standard output.")
 _detach = click.option("--detach", is_flag=True, help="Return at once; the run goes on by itself either way.")
 _sparse = click.option("--show-spec", is_flag=True, help="Print the spec as YAML and stop.")
-OWN_OPTIONS = {"train": [_json, _detach, _sparse], "preflight": [_json], "sweep": [_json, _detach, *cli_sweep.OPTIONS]}
-OWN_FLAGS = {"as_json", "detach", "show_spec", *cli_sweep.FLAGS}
+OWN_OPTIONS = {"train": [_json, _detach, _sparse], "preflight": [_json], "recommend": [_json], "sweep": [_json, _detach, *cli_sweep.OPTIONS], "compare": [_json, _detach, *cli_compare.OPTIONS]}
+OWN_FLAGS = {"as_json", "detach", "show_spec", *cli_sweep.FLAGS, *cli_compare.FLAGS}
 
 
 @_settings_command("train", "Train an adapter. The run is detached: Ctrl-C leaves it running.")
@@ -157,6 +170,15 @@ def preflight(spec, *, preset, as_json):
         raise click.exceptions.Exit(1)
 
 
+@_settings_command("recommend", "Say which settings suit a base, its rows and this machine, and why: recommend --base.id demo-text --data rows.jsonl")
+def recommend(spec, *, preset, as_json):
+    found = studio.recommend(local(), spec)
+    command = studio.command(studio.with_values(spec, found.values))
+    width = max(len(advice.path) for advice in found.advices)
+    lines = [f"{advice.path:{width}}  {settings.inline(advice.value):12}  {advice.reason}" for advice in found.advices]
+    answer({**asdict(found), "command": command}, as_json, "\n".join([*lines, *found.notes, "", command]))
+
+
 @_settings_command("sweep", "Train variants of a run side by side over one base, and keep the best: sweep --preset demo/pirate --over optim.lr=1e-4,3e-4")
 def sweep(spec, *, preset, **own):
     cli_sweep.run(spec, say, **own)
@@ -165,6 +187,16 @@ def sweep(spec, *, preset, **own):
 @app.command("sweep-result", help="What a sweep has found so far: each variant with its validation loss, the best first.")
 def sweep_result(id: str, as_json: bool = AsJson):
     cli_sweep.show(id, as_json)
+
+
+@_settings_command("compare", "Measure LoRA against LoRA+ on the same rows, each at its best rate, over several seeds: compare --preset demo/pirate --full")
+def compare(spec, *, preset, **own):
+    cli_compare.run(spec, say, **own)
+
+
+@app.command("compare-result", help="What a comparison of LoRA and LoRA+ has found so far, in numbers and in words.")
+def compare_result(id: str, as_json: bool = AsJson):
+    cli_compare.show(id, as_json)
 
 
 # ---- runs
@@ -193,11 +225,12 @@ def _end(workspace, status: Status, as_json: bool) -> None:
     """Say how a run ended. Raises RunError when it failed."""
     if status.state == "failed":
         raise RunError("run.failed", id=status.id, reason=status.reason)
-    folder = workspace.run_folder(status.id) / "adapter"
-    where = f" The adapter is in {folder}" if folder.is_dir() else ""
+    folder, model = (workspace.run_folder(status.id) / name for name in ("adapter", "model"))
+    where = f" The adapter is in {folder}" if folder.is_dir() else f" The model is in {model}" if model.is_dir() else ""
     judged = f", validation loss {status.validation:.4f}" if status.validation is not None else ""
     text = f"{status.id} is {status.state} at step {status.step}{judged}.{where} {status.reason}".rstrip()
-    answer({**_status(status), "adapter": str(folder) if folder.is_dir() else None}, as_json, text)
+    made = {name: str(path) if path.is_dir() else None for name, path in (("adapter", folder), ("model", model))}
+    answer({**_status(status), **made}, as_json, text)
 
 
 def _status(status: Status) -> dict:
@@ -305,6 +338,7 @@ cli_shelf.register(app)
 cli_merge.register(app)
 cli_judge.register(app)
 cli_captions.register(app)
+cli_space.register(app)
 
 
 def command() -> click.Group:

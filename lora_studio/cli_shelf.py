@@ -59,7 +59,7 @@ def import_adapter(
     token_stdin: bool = Token, as_json: bool = AsJson,
 ):  # fmt: skip
     workspace = local()
-    id = shelf.import_adapter(workspace, source, name=name, base=base, token=_token(token_stdin))
+    id = shelf.import_adapter(workspace, source, name=name, base=base, token=token_of(token_stdin))
     answer({"id": id, **library.card(workspace, id)}, as_json, f"{id} is in the library as {library.card(workspace, id)['name']}.")
 
 
@@ -142,7 +142,7 @@ def _last(events, unit: float, what: str) -> dict:
     for event in events:
         if event["event"] == "progress" and 10 * event["done"] // max(1, event["total"]) > tenth:
             tenth = 10 * event["done"] // event["total"]
-            _say(f"{event['done'] / unit:.4g} of {event['total'] / unit:.4g} {what}.")
+            say_step(f"{event['done'] / unit:.4g} of {event['total'] / unit:.4g} {what}.")
     return {key: value for key, value in event.items() if key != "event"}
 
 
@@ -189,20 +189,29 @@ def grid(
     asked = grids.Asked(base, tuple(prompts), lines, grids.strengths(strengths), brush)
     for event in grids.draw(workspace, asked):
         if event["event"] == "cell":
-            _say(f"{event['done']} of {event['total']} pictures are there.")
+            say_step(f"{event['done']} of {event['total']} pictures are there.")
     answer({"base": base, "prompts": prompts, "rows": keys, "strengths": list(asked.strengths), **brush, "picture": event["path"]}, as_json, event["path"])
 
 
 def publish(
     adapter: str, repo: str = typer.Argument(None, help="owner/name; by default your account and the adapter's name."), *,
     public: bool = typer.Option(None, "--public/--private", help="Who may see a new repository; private where nothing is said."),
-    license: str = typer.Option(None, help="The adapter's licence, for example apache-2.0."), token_stdin: bool = Token, as_json: bool = AsJson,
+    license: str = typer.Option(None, help="The adapter's licence, for example apache-2.0."),
+    tag: str = typer.Option("", help="A name for this version, such as v1.0; refused when it stands for other files already."),
+    pull_request: bool = typer.Option(False, "--pull-request", help="Ask the repository's owner to take the files, instead of pushing them; once more adds to what is asked."),
+    gated: str = typer.Option("", help="Who may have the files: auto (who accepts the terms), manual (who is let in), none (everybody)."),
+    collection: str = typer.Option("", help="A collection to put it in: the slug, or the title of one of yours, which is made if it is not there."),
+    folder: str = typer.Option("", help="A subfolder for it, in a repository of several adapters; pull takes owner/name/folder."),
+    token_stdin: bool = Token, as_json: bool = AsJson,
 ):  # fmt: skip
-    workspace, token = local(), _token(token_stdin)
+    workspace, token = local(), token_of(token_stdin)
     repo = repo or shelf.suggest_repo(workspace, adapter, token=token)
-    asked = shelf.Push(repo, private=None if public is None else not public, license=license)
-    done = shelf.publish(workspace, adapter, asked, token=token, report=_say)
-    answer(asdict(done), as_json, f"Published at {done.url} ({'private' if done.private else 'public'}, commit {done.commit[:12]}).")
+    private = None if public is None else not public
+    asked = shelf.Push(repo, private, license, tag=tag, pull_request=pull_request, gated=gated, collection=collection, folder=folder)
+    done = shelf.publish(workspace, adapter, asked, token=token, report=say_step)
+    where = f"Pull request at {done.pull_request}" if done.pull_request else f"Published at {done.url}"
+    more = [f"version {done.tag}"] * bool(done.tag) + [f"in {done.collection}"] * bool(done.collection)
+    answer(asdict(done), as_json, f"{where} ({', '.join(['private' if done.private else 'public', f'commit {done.commit[:12]}', *more])}).")
 
 
 def pull(
@@ -210,7 +219,7 @@ def pull(
     token_stdin: bool = Token, as_json: bool = AsJson,
 ):  # fmt: skip
     workspace = local()
-    id = shelf.pull(workspace, repo, revision=revision, name=name, token=_token(token_stdin))
+    id = shelf.pull(workspace, repo, revision=revision, name=name, token=token_of(token_stdin))
     card = library.card(workspace, id)
     answer({"id": id, **card}, as_json, f"{id} is in the library as {card['name']}, from {card['source']}.")
 
@@ -287,18 +296,18 @@ def _size(text: str | None, edge: int) -> tuple[int, int]:
     return int(parts[0]), int(parts[1])
 
 
-def _token(from_stdin: bool) -> str | None:
+def token_of(from_stdin: bool) -> str | None:
     """A token given on standard input, where it stands in no command line, file or environment."""
     return sys.stdin.readline().strip() or None if from_stdin else None
 
 
-def _say(sentence: str) -> None:
+def say_step(sentence: str) -> None:
     print(sentence, file=sys.stderr, flush=True)
 
 
 def _line(item: library.Item) -> str:
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime(item.created))
-    return f"{item.id}  {item.name:24}  {item.base:28}  {item.method} r{item.rank}  {item.bytes / 1e6:7.2f} MB  {when}  {' '.join(item.tags)}".rstrip()
+    return f"{item.id}  {item.name:24}  {item.base:28}  {item.method}{f' r{item.rank}' if item.rank else ''}  {item.bytes / 1e6:7.2f} MB  {when}  {' '.join(item.tags)}".rstrip()
 
 
 def _family(tree: dict) -> str:

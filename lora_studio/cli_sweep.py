@@ -32,7 +32,7 @@ def run(spec, say, *, as_json: bool, detach: bool, over=(), variants=(), folds=N
         answer(sweeps.result(workspace, id), as_json, id)
         return
     try:
-        _follow(workspace, id, say)
+        follow(workspace, id, say)
     except KeyboardInterrupt:
         say.print(
             f"The sweep goes on. See what it finds: python -m lora_studio sweep-result {id}; end it with: python -m lora_studio stop {id}"
@@ -44,7 +44,7 @@ def run(spec, say, *, as_json: bool, detach: bool, over=(), variants=(), folds=N
     show(id, as_json)
 
 
-def _follow(workspace, id: str, say) -> None:
+def follow(workspace, id: str, say) -> None:
     """Say the step now and then until the sweep ends."""
     told = -1
     while True:

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from lora_studio import fence
 from lora_studio.errors import DataError
 from lora_studio.home import presets_folder
 from lora_studio.spec import Source
@@ -36,10 +37,11 @@ def locate(path: str) -> Path | str:
         bundled = presets_folder() / f"{path}.jsonl"
         if re.fullmatch(r"demo/[a-z0-9_-]+", path) and bundled.is_file():
             return bundled
-    here = Path(path).expanduser()
-    if here.exists():
-        return here.absolute()
+    here = fence.place(path)
+    if here is not None:
+        return here
     if HUB_ID.fullmatch(path) and not path.startswith((".", "/", "~")) and Path(path).suffix not in SUFFIXES:
+        fence.refuse_data(path)
         return path
     raise DataError("data.missing", path=path)
 
@@ -224,7 +226,7 @@ def load_hub(source: Source):
     import huggingface_hub.errors as hub
 
     try:
-        return datasets.load_dataset(source.path, source.subset, split=source.split, revision=source.revision)
+        return datasets.load_dataset(source.path, source.subset, split=source.split, revision=source.revision, token=fence.lent())
     except ValueError as error:
         splits = re.search(r"Should be one of (.*)", str(error))
         if splits:

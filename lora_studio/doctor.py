@@ -10,6 +10,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 
+from lora_studio import caches
 from lora_studio.home import home
 from lora_studio.jobs import devices
 
@@ -41,7 +42,7 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Everything that was looked at, what is wrong first."""
-    found = [_python(), *_packages(), *_torch(), _torchvision(), _disk(), _write()]
+    found = [_python(), *_packages(), *_torch(), _torchvision(), _disk(), _caches(), _write()]
     order = {"error": 0, "warning": 1, "ok": 2}
     return sorted((finding for finding in found if finding), key=lambda finding: order[finding.level])
 
@@ -122,6 +123,11 @@ def _disk() -> Finding:
     if free < GIB:
         return Finding("error", text + ", which is too little to train.", "Free some space, or set LORA_STUDIO_HOME to another disk")
     return Finding("warning" if free < 10 * GIB else "ok", text)
+
+
+def _caches() -> Finding:
+    """What may be fetched or made again."""
+    return Finding("ok", f"{caches.size() / GIB:.1f} GiB in the caches of models, data and pictures")
 
 
 def _write() -> Finding:

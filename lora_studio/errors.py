@@ -11,9 +11,10 @@
     ├─ BlendError               adapters that do not go together
     ├─ BakeError                adapters that cannot be baked into a base
     ├─ BenchError               the process that checks, previews, blends and answers
-    └─ HubError                 publishing to the Hub and pulling from it
+    ├─ HubError                 publishing to the Hub and pulling from it
+    └─ HostError                how a studio is open to others, and what a visitor may do there
 
-To add one: write its sentence in sentences.py and raise the class with the key and the values.
+To add one: write its sentence in sentences/ and raise the class with the key and the values.
 Anything that is not a StudioError is a bug: it goes to the log with its traceback.
 """
 
@@ -70,6 +71,10 @@ class RunError(StudioError):
 
 class HubError(StudioError):
     """What the Hub, the way to it, or a file for it does not allow."""
+
+
+class HostError(StudioError):
+    """How a studio is open to others, and what a visitor may do there."""
 
 
 class AdapterError(StudioError):

@@ -9,8 +9,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_studio import adapters, bases, formats, library, shelf, studio, weights
-from lora_studio.adapters import gguf_files, pipeline_files
+from lora_studio import adapters, bases, fence, formats, library, shelf, studio, weights
+from lora_studio.adapters import gguf_files, multiplying, pipeline_files
 from lora_studio.errors import AdapterError, StudioError
 from lora_studio.spec import Base
 from lora_studio.workspace import Workspace
@@ -39,6 +39,8 @@ def forms(workspace: Workspace, id: str) -> list[Form]:
     against["kohya"] = against["diffusers"]
     if part and (info.pipeline not in KOHYA if info and info.pipeline else part != "unet"):
         against["kohya"] = "it is written for Stable Diffusion 1, 2, XL and (with its base on this machine) FLUX.1 only"
+    if adapters.inspect(folder).method in multiplying.METHODS.values():
+        return [Form(name, "" if name == "peft" else "it multiplies the weights, which only PEFT's own form can say") for name in formats.ENDS]
     against["gguf"] = "llama.cpp takes adapters of language models, and this one is for an image model" if part else _against_gguf(base, info)
     return [Form(name, against.get(name, "")) for name in formats.ENDS]
 
@@ -91,6 +93,7 @@ def make(workspace: Workspace, id: str, *, form: str, dtype: str) -> dict:
     and `name` of the file. Raises StudioError; then nothing is kept."""
     sweep(workspace)
     token, name = secrets.token_hex(8), re.sub(r"[^\w.-]+", "-", library.card(workspace, id)["name"]).strip("-.") or "adapter"
+    fence.refuse_bytes(workspace)
     place = workspace.root / FOLDER / token
     place.mkdir(parents=True)
     try:

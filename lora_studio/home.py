@@ -1,6 +1,7 @@
 """Where everything lives: one function of LORA_STUDIO_HOME."""
 
 import os
+import re
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
@@ -20,5 +21,5 @@ def presets_folder() -> Path:
 def demo_base(name: str) -> Path | None:
     """The folder of a bundled base (`demo-text`, `demo-image`), or None when `name` is not one."""
     folder = PACKAGE / "demo" / name.removeprefix("demo-")
-    whole = name.startswith("demo-") and any((folder / file).is_file() for file in ("config.json", "model_index.json"))
+    whole = re.fullmatch(r"demo-[a-z0-9-]+", name) and any((folder / file).is_file() for file in ("config.json", "model_index.json"))
     return folder if whole else None

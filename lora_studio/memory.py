@@ -4,6 +4,7 @@ A run goes through phases and never needs all parts at once: it loads, encodes (
 worst phase. On a processor it is what the whole process holds, as the system counts it; on a GPU what torch holds of the card.
 """
 
+import importlib.util
 import json
 import math
 import re
@@ -14,7 +15,8 @@ from pathlib import Path
 from lora_studio import bases, families
 from lora_studio.bases import BaseInfo
 from lora_studio.errors import StudioError
-from lora_studio.spec import TrainSpec
+from lora_studio.spec import TrainSpec, methods
+from lora_studio.spec.idle import NO_EFFECT
 
 MB = 1_000_000
 # The libraries of a worker, before any model: measured on x86-64 with torch's own CPU build. On a GPU torch does not count its context.
@@ -29,6 +31,7 @@ KEPT_BYTES = {"8bit": 1.02, "4bit": 0.57}
 # Bytes of an optimizer's state for a number that is learnt; gradients take 4 more, as the number itself does.
 STATE = {
     "adamw": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2, "lion": 4, "lion_8bit": 1, "muon": 4, "prodigy": 16, "adafactor": 0.1, "sgd": 4,
+    "adamw_schedule_free": 8,
 }  # fmt: skip
 # What the backward pass needs for each token, in numbers of (the width, the inner width): of every block, and besides, for what is being
 # computed and what malloc keeps. Padded batches go through the plain layers. With checkpointing a block keeps so many numbers of the
@@ -45,6 +48,8 @@ KEPT_OF_PICTURES, KEPT_OF_ADAPTED = 1.7, 3.4
 SCORES, HEADS, MOST_SCORES = 1.5, 8, 1 << 20
 BLOCK = re.compile(r"(.*transformer_blocks\.\d+|(?:blocks|layers)\.\d+)\.")
 HEAVY = 4 << 30
+# What method.init eva, corda and lora_ga collect in one pass over the rows (training.first_look), at most, unless one layer has more.
+PORTION = 2 << 30
 TIGHT = 0.85
 
 
@@ -123,12 +128,21 @@ def estimate(spec: TrainSpec, info: BaseInfo, rows: Rows, *, trainable: int, dev
     wide = width_of(spec, device)
     parts = {"libraries": (LIBRARIES[kind] + (BF16_LIBRARIES if wide == 2 else 0) + MORE_LIBRARIES.get(info.pipeline, 0)) if cpu else 0}
     parts["base"] = int((info.parameters or 0) * KEPT_BYTES.get(spec.compute.quantize, wide)) - _elsewhere(spec, info, wide)
-    parts["adapter"], parts["gradients"] = 4 * trainable, 4 * trainable
+    is_full = spec.method.kind == "full"
+    parts["adapter"], parts["gradients"] = 0 if is_full else 4 * trainable, 4 * trainable
     parts["optimizer"] = int(STATE[spec.optim.kind] * trainable)
     (_picture_parts if kind == "image" else _text_parts)(parts, spec, info, rows, wide, cpu)
     held = ("libraries", "base", "adapter")
     steps = (*held, "gradients", "optimizer", *(name for name in ("layouts", "latents", "encoders kept", "activations", "logits") if name in parts))
     phases = {"it trains": steps}
+    if is_full:  # the gradients are gone by then; the optimizer's state is there thrice while it is put into bytes, the weights once more
+        parts["checkpoint"] = 2 * parts["optimizer"] + 4 * trainable
+        phases["it saves"] = (*held, "optimizer", "checkpoint")
+    looked = _looked_at(spec, info, wide)
+    if looked:
+        row = sum(parts.get(name, 0) for name in ("activations", "logits")) // spec.schedule.batch_size
+        parts["first look"] = looked + row
+        phases["it looks at the rows"] = (*held, "first look", *(name for name in ("latents", "encoders kept") if name in parts))
     if kind == "image":
         phases["it encodes captions"] = ("libraries", "text encoders")
         phases["it encodes pictures"] = ("libraries", "VAE", "VAE's activations")
@@ -138,9 +152,19 @@ def estimate(spec: TrainSpec, info: BaseInfo, rows: Rows, *, trainable: int, dev
     return Estimate(parts, phases, 0 if cpu else CONTEXT, unknown)
 
 
+def _looked_at(spec: TrainSpec, info: BaseInfo, wide: int) -> int:
+    """Bytes of what a start that looks at the rows first collects: a gradient of each layer, or products of all its inputs, and what is made of one."""
+    init, targets = getattr(spec.method, "init", ""), info.targets(spec.method.targets)
+    own = [4 * columns * (rows if init == "lora_ga" else columns) for name, rows, columns in info.linears if _is_adapted(name, targets)]
+    if init not in ("eva", "corda", "lora_ga") or not own:
+        return 0
+    portion = max(min(sum(own), PORTION), *own)
+    return int(portion * (1 + wide / 4)) + max(own) if init == "lora_ga" else portion + 3 * max(own)
+
+
 def width_of(spec: TrainSpec, device: str) -> int:
     """Bytes of a number of the base while it is used."""
-    wanted = spec.compute.precision
+    wanted = methods.precision(spec.method, spec.compute.precision)
     return 4 if wanted == "fp32" or (wanted == "auto" and not device.startswith("cuda") and not _has_bf16()) else 2
 
 
@@ -173,7 +197,8 @@ def _text_parts(parts: dict[str, int], spec: TrainSpec, info: BaseInfo, rows: Ro
     """Activations and logits of a language model."""
     if not (info.layers and info.hidden and info.intermediate):
         return
-    how = "packed" if spec.compute.packing else "padded"
+    is_packed = spec.compute.packing and not methods.learns_head(spec.method)
+    how = "packed" if is_packed else "padded"
     tokens = rows.tokens(spec.schedule.batch_size, padded=how == "padded")
 
     def numbers(table: dict) -> float:
@@ -183,7 +208,7 @@ def _text_parts(parts: dict[str, int], spec: TrainSpec, info: BaseInfo, rows: Ro
     kept = info.layers * CHECKPOINTED * info.hidden + block if spec.compute.checkpointing else info.layers * block
     parts["activations"] = int(tokens * (kept + numbers(WORKING)) * wide)
     vocabulary = info.vocabulary or 0
-    scored = tokens * vocabulary * PLAIN_HEAD_COPIES if not spec.compute.packing else min(tokens * rows.learnt, max(16, CHUNK // max(1, vocabulary))) * vocabulary * HEAD_COPIES
+    scored = tokens * vocabulary * PLAIN_HEAD_COPIES if not is_packed else min(tokens * rows.learnt, max(16, CHUNK // max(1, vocabulary))) * vocabulary * HEAD_COPIES
     parts["logits"] = int(4 * scored)
 
 
@@ -327,16 +352,22 @@ def _ways(spec: TrainSpec, on_gpu: bool) -> list[list[dict]]:
     ways = [
         [{"schedule.batch_size": max(1, batch // by), "schedule.accumulate": accumulate * by} for by in halves],
         [] if spec.compute.checkpointing else [{"compute.checkpointing": True}],
-        [{"compute.precision": "bf16"}] if spec.compute.precision == "fp32" and on_gpu else [],
+        [{"compute.precision": "bf16"}] if spec.compute.precision == "fp32" and spec.method.kind != "full" and on_gpu else [],
     ]
     if spec.task.kind == "image":
         step = spec.task.bucket_step
         ways.append([{"task.resolution": edge} for by in (0.75, 0.5) if (edge := int(spec.task.resolution * by) // step * step) >= step])
         ways.append([{"compute.quantize": "8bit"}, {"compute.quantize": "4bit"}] if on_gpu and spec.compute.quantize == "none" and not spec.compute.block_swap else [])
     else:
+        ways.append([{"compute.quantize": "4bit"}] if spec.compute.quantize == "none" and importlib.util.find_spec("bitsandbytes") else [])
         ways.append([{"task.max_length": length} for by in (2, 4, 8) if (length := spec.task.max_length // by) >= 32])
         ways.append([{"compute.packing": True}] if not spec.compute.packing else [])
-    return ways
+    return [[values for values in way if not _is_refused(changed(spec, values))] for way in ways]
+
+
+def _is_refused(spec: TrainSpec) -> bool:
+    """Whether a spec would refuse its settings beside each other, as a method that needs the base's own numbers beside a quantised one."""
+    return any(is_idle(spec) for _, is_idle, _ in NO_EFFECT)
 
 
 def changed(spec: TrainSpec, values: dict[str, object]) -> TrainSpec:

@@ -14,6 +14,8 @@ from lora_studio.workspace import Workspace
 # Bytes of AdamW in fp32 for a number that is learnt: the number, its gradient and two averages, 4 each. Mixed precision comes to the same:
 # 2 + 2 in bf16, 12 in fp32 (Rajbhandari et al. 2020, arXiv 1910.02054, section 3.1).
 LEARNT, FROZEN = 16, 4
+# What the multiply-adds of a method that has no rank are.
+FORMULAS = {"ia3": "Σ out", "oft": "Σ in·side of a block"}
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Numbers:
     base_parameters: int | None = None
     base_bytes: int | None = None
     base_work: int | None = None
+    formula: str = "Σ r·(in + out)"
 
     @property
     def training(self) -> int | None:
@@ -43,7 +46,7 @@ class Numbers:
 
     def rows(self) -> list[tuple[str, str]]:
         """The figures in words, as (what, how much)."""
-        found = [("trainable", f"{self.parameters:,} parameters"), ("file", megabytes(self.bytes)), ("extra work unmerged", f"{self.work:,} multiply-adds a token, Σ r·(in + out)")]
+        found = [("trainable", f"{self.parameters:,} parameters"), ("file", megabytes(self.bytes)), ("extra work unmerged", f"{self.work:,} multiply-adds a token, {self.formula}")]
         if self.base_parameters:
             share = percent(self.parameters, self.base_parameters)
             found[0] = ("trainable", f"{self.parameters:,} of {self.base_parameters:,} parameters: {share}")
@@ -54,7 +57,7 @@ class Numbers:
         if self.base_bytes:
             found[1] = ("file", f"{megabytes(self.bytes)} against {megabytes(self.base_bytes)} of the base: {percent(self.bytes, self.base_bytes)}")
         if self.base_work:
-            found[-1] = ("extra work unmerged", f"{self.work:,} multiply-adds a token, Σ r·(in + out), on the base's {self.base_work:,}: {percent(self.work, self.base_work)} more; merged none")
+            found[-1] = ("extra work unmerged", f"{self.work:,} multiply-adds a token, {self.formula}, on the base's {self.base_work:,}: {percent(self.work, self.base_work)} more; merged none")
         return found
 
 
@@ -68,7 +71,7 @@ def of_folder(folder: Path, *, base: str = "", revision: str | None = None) -> N
     """The numbers of an adapter's folder or file, beside those of its base where that is on this machine. Raises AdapterError."""
     card = adapters.inspect(folder)
     base = base or card.base
-    own = {"base": base, "parameters": card.parameters, "bytes": card.bytes, "work": work(card)}
+    own = {"base": base, "parameters": card.parameters, "bytes": card.bytes, "work": work(card), "formula": FORMULAS.get(card.method, "Σ r·(in + out)")}
     try:
         info = bases.inspect(Base(id=base, revision=revision)) if base else None
     except (StudioError, ValueError):
@@ -80,7 +83,12 @@ def of_folder(folder: Path, *, base: str = "", revision: str | None = None) -> N
 
 
 def work(card: Card) -> int:
-    """Multiply-adds a token that the layers of an adapter take beside the base: r·(in + out). An embedding's A is looked up, not multiplied."""
+    """Multiply-adds a token that the layers of an adapter take beside the base: r·(in + out). An embedding's A is looked up, not multiplied.
+    IA3 takes out, OFT in times the side of its blocks, which have side·(side - 1)/2 entries each."""
+    if card.method == "ia3":
+        return sum(layer.shape[0] for layer in card.layers.values())
+    if card.method == "oft":
+        return sum(layer.shape[1] for layer in card.layers.values()) + 2 * card.parameters
     return sum(layer.rank * (layer.shape[-1] if layer.kind == "embedding" else layer.shape[0] + math.prod(layer.shape[1:])) for layer in card.layers.values())
 
 

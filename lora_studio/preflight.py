@@ -3,20 +3,22 @@
 import base64
 import importlib.util
 import io
+import math
 import os
 import shutil
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lora_studio import adapters, bases, data, families, memory, pictures, rows
+from lora_studio import adapters, bases, continuing, data, families, fence, memory, pictures, rows, visits
 from lora_studio.adapters import assistant
-from lora_studio.errors import BaseModelError, DataError, MachineError, Problem, StudioError
+from lora_studio.errors import BaseModelError, DataError, MachineError, Problem, StudioError, TrainingError
 from lora_studio.home import home, presets_folder
 from lora_studio.jobs import checks, devices
 from lora_studio.memory import blocks_of
 from lora_studio.spec import Source, TrainSpec, methods
 from lora_studio.spec.idle import changed, needs_gpu
+from lora_studio.weights import blocks
 from lora_studio.workspace import Workspace
 
 PREVIEW_ROWS, PREVIEW_PICTURES, THUMBNAIL = 5, 12, 128
@@ -44,14 +46,17 @@ class Report:
 def preflight(workspace: Workspace, spec: TrainSpec, *, deep: bool = False) -> Report:
     """Everything that can be said before a run starts. `deep` also encodes every row, in a process of its own."""
     report = Report()
+    visits.check(workspace, spec, report)
     info = _check_base(spec, report)
     _check_data(spec, report, info.vocabulary if info else None)
-    _check_device(spec, report)
+    check_device(spec, report)
     _check_lora_plus(spec, report)
     _check_assistant(workspace, spec, info, report)
+    report.problems += continuing.problems(workspace, spec, info)
     if info is not None:
         _size_up(spec, info, report)
     _check_disk(workspace, report)
+    visits.check_length(workspace, spec, report)
     if deep and report.can_start:
         _merge_deep(spec, report)
     if info is not None:
@@ -193,7 +198,8 @@ def _is_here(source: Source) -> bool:
     return isinstance(data.locate(source.path), Path)
 
 
-def _check_device(spec: TrainSpec, report: Report) -> None:
+def check_device(spec: TrainSpec, report: Report) -> None:
+    """Whether the device is there, and has what the settings need."""
     try:
         device = devices.resolve(spec.compute.device)
     except MachineError as error:
@@ -201,9 +207,8 @@ def _check_device(spec: TrainSpec, report: Report) -> None:
         device = "cpu"
     report.facts["device"] = device
     _check_compute(spec, device, report)
-    if spec.optim.kind == "adamw_8bit":
-        if importlib.util.find_spec("bitsandbytes") is None:
-            report.add("optim.kind", MachineError("machine.package", name="bitsandbytes", use="optim.kind adamw_8bit"))
+    if "8bit" in spec.optim.kind and importlib.util.find_spec("bitsandbytes") is None:
+        report.add("optim.kind", MachineError("machine.package", name="bitsandbytes", use=f"optim.kind {spec.optim.kind}"))
 
 
 def _check_compute(spec: TrainSpec, device: str, report: Report) -> None:
@@ -280,8 +285,28 @@ def scale(spec: TrainSpec) -> float:
 
 
 def trainable_of(spec: TrainSpec, info: bases.BaseInfo) -> int:
-    """How many numbers the adapter of a spec learns, from the base's headers; 0 while these are not here."""
+    """How many numbers a spec learns, from the base's headers; 0 while these are not here."""
+    if spec.method.kind == "full":
+        return sum(math.prod(shape) for name, shape in _shapes(info).items() if methods.learns(spec.method, name, shape))
     return info.trainable(info.targets(spec.method.targets), spec.method) + _trainable_texts(spec, info)
+
+
+def _shapes(info: bases.BaseInfo) -> dict[str, list[int]]:
+    return bases.adaptable(info.folder) if info.folder is not None else {}
+
+
+def _check_layers(spec: TrainSpec, info: bases.BaseInfo, report: Report) -> None:
+    """Whether every pattern of full fine-tuning means something that learns."""
+    report.facts["targets"] = []
+    for pattern in spec.method.layers if spec.method.layers != "all" and info.folder is not None else ():
+        if not trainable_of(_with_layers(spec, [pattern]), info):
+            known = ", ".join(blocks(_shapes(info))[:6])
+            report.add("method.layers", TrainingError("training.layers", pattern=pattern, id=spec.base.id, known=known))
+    report.facts["trainable"] = trainable_of(spec, info)
+
+
+def _with_layers(spec: TrainSpec, layers: list[str]) -> TrainSpec:
+    return spec.model_copy(update={"method": spec.method.model_copy(update={"layers": layers})})
 
 
 def _trainable_texts(spec: TrainSpec, info: bases.BaseInfo) -> int:
@@ -295,10 +320,17 @@ def _trainable_texts(spec: TrainSpec, info: bases.BaseInfo) -> int:
 
 def _size_up(spec: TrainSpec, info: bases.BaseInfo, report: Report) -> None:
     """Trainable parameters and blocks, from the headers."""
-    if info.linears and report.facts.get("targets"):
+    if spec.method.kind == "full":
+        _check_layers(spec, info, report)
+    elif info.linears and report.facts.get("targets"):
         report.facts["trainable"] = trainable_of(spec, info)
-        top = max(min(rows_, columns) for _, rows_, columns in info.linears)
-        if spec.method.rank > top:
+        ends = report.facts["targets"]
+        shapes = {name: shape for name, *shape in info.linears if any(name == end or name.endswith("." + end) for end in ends)}
+        rank, top = getattr(spec.method, "rank", 0), max(map(min, shapes.values()))
+        most, name = min((methods.directions(spec.method, *shape), name) for name, shape in shapes.items())
+        if rank > most:
+            report.add("method.rank", TrainingError("training.start_small", init=spec.method.init, name=name, most=most, rank=rank))
+        elif rank > top:
             report.add("method.rank", f"method.rank is {spec.method.rank}, but no layer has a rank above {top}. Lower it.")
     known = blocks_of(info.linears)
     if spec.compute.block_swap > len(known) > 0:
@@ -324,7 +356,8 @@ def _foresee(spec: TrainSpec, info: bases.BaseInfo, report: Report) -> None:
     changes = memory.lighter(spec, peak, memory.TIGHT * free, on_gpu=device.startswith("cuda")) if info.folder is not None else []
     report.facts["memory_changes"] = [vars(change) for change in changes]
     if badge == "too big" and not changes:
-        out = "set compute.quantize or compute.block_swap" if spec.task.kind == "image" and device.startswith("cuda") else "compute.precision bf16"
+        fewer = "name fewer method.layers" if spec.method.kind == "full" else "compute.precision bf16"
+        out = "set compute.quantize or compute.block_swap" if spec.task.kind == "image" and device.startswith("cuda") else fewer
         report.add("base.id", f"{spec.base.id} needs about {gigabytes(found.needed)} and {device} has {gigabytes(free)} free. Choose a smaller base, or {out}.", "warning")
     elif changes:
         ways = "; or ".join(f"{memory.in_words(change.values)} (about {gigabytes(change.peak)})" for change in changes)
@@ -356,12 +389,12 @@ def pinned(spec: TrainSpec) -> TrainSpec:
     """The spec with local paths made absolute, so that a worker finds them wherever it runs."""
     sources = []
     for source in spec.data:
-        here = Path(source.path).expanduser()
+        here = fence.place(source.path)
         bundled = source.path.startswith("demo/") and (presets_folder() / f"{source.path}.jsonl").is_file()
-        sources.append(source.model_copy(update={"path": str(here.absolute())}) if here.exists() and not bundled else source)
-    base, folder = spec.base, Path(spec.base.id).expanduser()
-    if folder.exists() and not spec.base.id.startswith("demo-"):
-        base = base.model_copy(update={"id": str(folder.absolute()), "revision": None})
-    if base.assistant and Path(base.assistant).expanduser().exists():
-        base = base.model_copy(update={"assistant": str(Path(base.assistant).expanduser().absolute())})
+        sources.append(source.model_copy(update={"path": str(here)}) if here is not None and not bundled else source)
+    base, folder = spec.base, fence.place(spec.base.id)
+    if folder is not None and not spec.base.id.startswith("demo-"):
+        base = base.model_copy(update={"id": str(folder), "revision": None})
+    assistant = base.assistant and fence.place(base.assistant)
+    base = base.model_copy(update={"assistant": str(assistant)}) if assistant else base
     return spec.model_copy(update={"data": sources, "base": base})

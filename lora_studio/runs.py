@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from lora_studio import durable, settings
-from lora_studio.errors import RunError, StudioError
+from lora_studio import durable, fence, settings
+from lora_studio.errors import HostError, RunError, StudioError
 from lora_studio.spec import TrainSpec
 from lora_studio.spec.captions import CaptionSpec
+from lora_studio.spec.compare import CompareSpec
 from lora_studio.spec.search import SearchSpec
 from lora_studio.spec.sweep import SweepSpec
 from lora_studio.workspace import Workspace
@@ -31,8 +32,9 @@ FLUSH_SECONDS = 0.5
 TAIL_BYTES = 64 * 1024
 
 
-def create(workspace: Workspace, spec: TrainSpec | CaptionSpec | SearchSpec | SweepSpec) -> Path:
-    """A new run folder holding `spec`, whole or absent. Returns its path."""
+def create(workspace: Workspace, spec: TrainSpec | CaptionSpec | SearchSpec | SweepSpec | CompareSpec) -> Path:
+    """A new run folder holding `spec`, whole or absent. Returns its path. Raises HostError where a visitor has too much already."""
+    refuse_more(workspace)
     workspace.runs.mkdir(parents=True, exist_ok=True)
     folder = workspace.runs / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     stage = folder.with_name(f"{durable.TEMPORARY}{folder.name}")
@@ -45,21 +47,31 @@ def create(workspace: Workspace, spec: TrainSpec | CaptionSpec | SearchSpec | Sw
     return folder
 
 
+def refuse_more(workspace: Workspace) -> None:
+    """Raise HostError when a visitor has as many runs that wait or work as they may, or a full workspace."""
+    if workspace.limits is None:
+        return
+    busy = sum(is_live(folder) or is_waiting(folder) for folder in workspace.run_folders())
+    if busy >= workspace.limits.runs:
+        raise HostError("host.runs", count=busy, most=workspace.limits.runs)
+    fence.refuse_bytes(workspace)
+
+
 def spec_of(folder: Path) -> TrainSpec:
     """The spec of a training run. Raises SpecError when someone broke it, and RunError when the run trains nothing."""
     if not trains(folder):
-        raise RunError({"captions": "run.captions", "search": "run.search", "sweep": "run.sweep"}[kind_of(folder)], id=folder.name)
+        raise RunError({"captions": "run.captions", "search": "run.search", "sweep": "run.sweep", "compare": "run.compare"}[kind_of(folder)], id=folder.name)
     return settings.load(folder / "spec.yaml")
 
 
 @lru_cache(maxsize=1024)
 def kind_of(folder: Path) -> str:
-    """What a run does: train, captions, search, or sweep. (What was asked for never changes.)"""
+    """What a run does: train, captions, search, sweep, or compare. (What was asked for never changes.)"""
     try:
         kind = settings.read_tree(folder / "spec.yaml").get("kind")
     except (StudioError, OSError, ValueError):
         return "train"
-    return kind if kind in ("captions", "search", "sweep") else "train"
+    return kind if kind in ("captions", "search", "sweep", "compare") else "train"
 
 
 def trains(folder: Path) -> bool:

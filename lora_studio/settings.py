@@ -1,5 +1,6 @@
 """Specs as text and as a flat list of settings: YAML in and out, `path=value` overrides, and the leaves that flags and forms are made of."""
 
+import math
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -12,6 +13,8 @@ from pydantic import BaseModel
 from lora_studio import problems
 from lora_studio.errors import Problem, SpecError
 from lora_studio.spec import TrainSpec, parse, to_tree
+
+MOST_VALUES = 200_000
 
 
 class _Loader(yaml.SafeLoader):
@@ -37,11 +40,25 @@ def read_yaml(text: str, source: str = "The spec") -> Any:
     try:
         loader = _Loader(text)
         loader.name = source
-        return loader.get_single_data()
+        node = loader.get_single_node()
+        if node is not None and _size(node, {}) > MOST_VALUES:
+            raise SpecError("spec.not_yaml", source=source, reason="its aliases make too much of it")
+        return loader.construct_document(node) if node is not None else None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}, {error.problem}" if mark else str(error)
         raise SpecError("spec.not_yaml", source=source, reason=where) from None
+    except (TypeError, ValueError, RecursionError):
+        raise SpecError("spec.not_yaml", source=source, reason="it holds a key, a number or a nesting that no setting can have") from None
+
+
+def _size(node, known: dict) -> float:
+    """How many values a node becomes, each alias counted as what it stands for; one that stands within itself has no end."""
+    if id(node) not in known:
+        known[id(node)] = math.inf
+        parts = node.value if isinstance(node.value, list) else []
+        known[id(node)] = 1 + sum(_size(one, known) for part in parts for one in (part if isinstance(part, tuple) else (part,)))
+    return known[id(node)]
 
 
 def read_tree(path: str | Path) -> dict:

@@ -10,11 +10,12 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import yaml
 
-from lora_studio import adapters, bases, card, durable, families, hub, library, runs, studio
+from lora_studio import adapters, bases, card, data, durable, families, fence, hub, library, listing, runs, studio
 from lora_studio.adapters import pipeline_files
 from lora_studio.errors import AdapterError, MachineError, RunError, StudioError
 from lora_studio.jobs import bench
@@ -24,6 +25,8 @@ from lora_studio.workspace import Workspace
 
 Parts = list[tuple[str, Weight]]
 # What is taken out of an uploaded archive; a pickle among them is named and refused like one that comes alone.
+PUBLISHED = 50
+IN_REPO = re.compile(rf"{data.HUB_ID.pattern}(?:/[A-Za-z0-9][\w.-]*)?")
 UPLOADS = (".safetensors", ".json", ".jinja", ".md", ".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -36,12 +39,18 @@ def inspect(source: str | Path) -> adapters.Card:
 
 
 def import_adapter(workspace: Workspace, source: str, *, revision: str | None = None, token: str | None = None, **known) -> str:
-    """Put a PEFT folder, a .safetensors file with its configuration beside it, or a Hub repository into the library, after the
-    bench has read every number of it. `known` may give its name and base, `revision` is a Hub repository's. Returns its id.
-    Raises AdapterError with every reason against it."""
-    here = Path(source).expanduser()
-    if not here.exists() and source.count("/") == 1 and not source.startswith((".", "/", "~")):
+    """Put a PEFT folder, a .safetensors file with its configuration beside it, or a Hub repository (owner/name, or owner/name/folder
+    where it holds several) into the library, after the bench has read every number of it. `known` may give its name and base, `revision`
+    is a Hub repository's. Returns its id. Raises AdapterError with every reason against it."""
+    here = fence.place(source)
+    if fence.visitor():  # names repositories, and never a place on this machine
+        if not IN_REPO.fullmatch(source):
+            raise AdapterError("adapter.missing", path=source[:100])
         return pull(workspace, source, revision=revision, token=token, **known)
+    in_repo = source.count("/") == 1 or (IN_REPO.fullmatch(source) and Path(source).suffix not in UPLOADS)
+    if here is None and in_repo and not source.startswith((".", "/", "~")):
+        return pull(workspace, source, revision=revision, token=token, **known)
+    here = here or Path(source)
     return _shelve_checked(workspace, here, {"source": here.name, "name": here.stem}, **known)
 
 
@@ -226,8 +235,9 @@ def draw(workspace: Workspace, base: str, prompt: str, sides: dict[str, Parts], 
 
 
 @dataclass(frozen=True)
-class Push:
-    """Where an adapter goes and how: the repository, who may see it (None: private where it is new), and its licence."""
+class Push(hub.Extras):
+    """Where an adapter goes and how: the repository, who may see it (None: private where it is new), its licence, and what of hub.Extras is
+    wanted with it: tag, pull_request, gated, collection, folder."""
 
     repo: str
     private: bool | None = None
@@ -243,15 +253,29 @@ class Draft:
     findings: list[str]
 
 
+def published(workspace: Workspace) -> list[dict]:
+    """What of a library anybody may see on the Hub: name, base and address of each adapter that was published to all, the newest first."""
+    found = (library.card(workspace, item.id) for item in library.find(workspace, limit=PUBLISHED))
+    pushed = ((known, [one for one in known["publications"] if not one.get("pull_request")]) for known in found)
+    last = ((known, pushes[-1]) for known, pushes in pushed if pushes)
+    return [{"name": known["name"], "base": card.shown(known["base"]), "url": push["url"]} for known, push in last if not push["private"]]
+
+
 def who(token: str | None = None) -> hub.Account:
     """Whose token this is (the Hub's own login when None). Raises HubError."""
     return hub.who(token)
 
 
+def _own(workspace: Workspace, token: str | None) -> str | None:
+    """The token to use: where none is given the machine's own login, which is never a visitor's."""
+    return "" if token is None and workspace.limits is not None else token
+
+
 def draft(workspace: Workspace, id: str, to: Push, *, token: str | None = None) -> Draft:
     """What `publish` would send, without asking the Hub anything. Raises HubError or AdapterError."""
+    to.check()
     with _staged(workspace, library.card(workspace, id), to) as (folder, files):
-        items = hub.plan(folder, files, token=token)
+        items = hub.plan(folder, files, token=_own(workspace, token))
         return Draft(str(files["README.md"]), [(item.path, item.size) for item in items], hub.scan(items))
 
 
@@ -259,11 +283,20 @@ def publish(workspace: Workspace, id: str, to: Push, *, token: str | None = None
     """Push an adapter with a card of what is known of it. "Published" is said after the remote was read back.
     Raises HubError or AdapterError; a second call sends only what is missing."""
     known = library.card(workspace, id)
+    listed = partial(_listed, _facts(workspace, known, to.license, curve=""), to)
     with _staged(workspace, known, to) as (folder, files):
-        done = hub.publish(folder, to.repo, private=to.private, token=token, files=files, report=report)
+        done = hub.publish(folder, to.repo, private=to.private, token=_own(workspace, token), files=files, wish=to, listing=listed, report=report)
     record = {"repo": to.repo, "commit": done.commit, "private": done.private, "url": done.url}
-    library.update(workspace, id, publications=[*known["publications"], record])
+    more = {"folder": to.folder, "tag": done.tag, "pull_request": done.pull_request, "collection": done.collection}
+    record |= {name: value for name, value in more.items() if value}
+    if record not in known["publications"]:
+        library.update(workspace, id, publications=[*known["publications"], record])
     return done
+
+
+def _listed(facts: card.Facts, to: Push, before: str) -> str:
+    """README.md of a repository of several adapters, from the one that is there."""
+    return listing.write(facts, repo_id=to.repo, folder=to.folder, before=before)
 
 
 @contextlib.contextmanager
@@ -274,7 +307,7 @@ def _staged(workspace: Workspace, known: dict, to: Push) -> Iterator[tuple[Path,
     facts = _facts(workspace, known, to.license, curve=card.CURVE if curve else "")
     if pipeline_files.NAME in laid:
         facts = replace(facts, pipeline_file=pipeline_files.NAME, pictures=[(prompt, name) for prompt, name, _ in drawn], samples=())
-    files = {"README.md": card.write(facts, repo_id=to.repo), adapters.CONFIG: _public_config(folder), **laid}
+    files = {"README.md": card.write(facts, repo_id=to.repo, folder=to.folder), adapters.CONFIG: _public_config(folder), **laid}
     with tempfile.TemporaryDirectory(prefix=durable.TEMPORARY) as place:
         for path in folder.iterdir():
             if path.name != durable.MARKER:
@@ -341,14 +374,16 @@ def _facts(workspace: Workspace, known: dict, license: str | None, *, curve: str
 def pull(
     workspace: Workspace, repo: str, *, revision: str | None = None, name: str | None = None, base: str | None = None, token: str | None = None
 ) -> str:
-    """Bring an adapter of the Hub into the library, pinned at a commit and checked. Returns its id."""
+    """Bring an adapter of the Hub (owner/name, or owner/name/folder) into the library, pinned at a commit and checked. Returns its id."""
+    parts = repo.split("/")
+    repo, folder = ("/".join(parts[:2]), parts[2]) if len(parts) == 3 else (repo, "")
     with tempfile.TemporaryDirectory(dir=workspace.root, prefix=durable.TEMPORARY) as place:
-        pulled = hub.pull(repo, Path(place) / "adapter", revision=revision, token=token)
-        source = f"{pulled.id}@{pulled.commit}"
-        return _shelve_checked(workspace, pulled.folder, {"source": source, "name": repo.rpartition("/")[2]}, name=name, base=base)
+        pulled = hub.pull(repo, Path(place) / "adapter", revision=revision, subfolder=folder, token=_own(workspace, token))
+        source = f"{pulled.id}{f'/{folder}' if folder else ''}@{pulled.commit}"
+        return _shelve_checked(workspace, pulled.folder, {"source": source, "name": folder or repo.rpartition("/")[2]}, name=name, base=base)
 
 
 def suggest_repo(workspace: Workspace, id: str, *, owner: str | None = None, token: str | None = None) -> str:
     """A repository id for an adapter: the owner's name (by default the account's) and the adapter's, as the Hub accepts them.
     Raises HubError."""
-    return hub.names.suggest(library.card(workspace, id)["name"], owner=owner or hub.who(token).name)
+    return hub.names.suggest(library.card(workspace, id)["name"], owner=owner or hub.who(_own(workspace, token)).name)

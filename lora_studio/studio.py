@@ -1,16 +1,18 @@
 """The verbs: one function per thing a user does. The pages and the command line call these and nothing below."""
 
+import importlib.util
 import os
 import re
 import shlex
 import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
-from lora_studio import data, durable, presets, runs, settings
-from lora_studio.errors import RunError, SpecError
-from lora_studio.home import presets_folder
-from lora_studio.jobs import devices, local, queue
+from lora_studio import advice, bases, data, durable, fence, presets, runs, settings, visits
+from lora_studio.errors import HostError, RunError, SpecError
+from lora_studio.home import home, presets_folder
+from lora_studio.jobs import checks, devices, local, queue
 from lora_studio.preflight import Report, gigabytes, pinned, preflight, rates, scale, suggest_lr, suggest_ratio
 from lora_studio.spec import TrainSpec, parse
 from lora_studio.spec.idle import foreign
@@ -23,7 +25,7 @@ SAMPLE = re.compile(r"[0-9a-f]{16}\.png")
 
 # ---- specs
 
-METHOD_NAMES = {"dylora": "DyLoRA", "adalora": "AdaLoRA", "vera": "VeRA", "loha": "LoHa", "lokr": "LoKr", "miss": "MiSS"}
+METHOD_NAMES = {"dylora": "DyLoRA", "adalora": "AdaLoRA", "vera": "VeRA", "loha": "LoHa", "lokr": "LoKr", "miss": "MiSS", "oft": "OFT", "ia3": "IA3", "full": "full fine-tuning"}
 
 
 def compose(preset: str | None = None, tree: dict | None = None, overrides: list[str] = ()) -> TrainSpec:
@@ -63,6 +65,20 @@ def _at(tree: dict, path: str, default):
     return here
 
 
+def recommend(workspace: Workspace, spec: TrainSpec) -> advice.Recommendation:
+    """Settings for the base, rows, and kinds of task and adapter of a spec on this machine, each with its reason. Raises BaseModelError."""
+    info, report = bases.inspect(spec.base), preflight(workspace, spec)
+    device = str(report.facts["device"])
+    has_bitsandbytes = importlib.util.find_spec("bitsandbytes") is not None
+    found = advice.Situation(info, int(report.facts.get("rows") or 0), report.rows, device, checks.free_memory(device), has_bitsandbytes)
+    return advice.recommend(spec, found)
+
+
+def with_values(spec: TrainSpec, values: dict[str, object]) -> TrainSpec:
+    """The spec with other values by path. Raises SpecError."""
+    return spec_of_values({**values_of(spec), **values})
+
+
 def command(spec: TrainSpec) -> str:
     """The command line that starts exactly this run."""
     plain, words = parse({"data": [{"path": "x"}], "task": {"kind": spec.task.kind}}), ["python -m lora_studio train"]
@@ -86,7 +102,7 @@ def start(workspace: Workspace, spec: TrainSpec) -> str:
     if not report.can_start:
         raise SpecError("spec.problems", problems=[problem for problem in report.problems if problem.level == "error"])
     folder = runs.create(workspace, pinned(spec))
-    runs.set_card(folder, base=spec.base.id, method=method_in_words(spec))
+    runs.set_card(folder, base=spec.base.id, method=method_in_words(spec), needs_token=visits.needs_token(workspace, spec))
     queue.add(workspace, folder, device=report.facts["device"])
     pump()
     return folder.name
@@ -100,7 +116,13 @@ def pump() -> list[str]:
 def list_runs(workspace: Workspace) -> list[runs.Status]:
     """Every run, newest first."""
     waiting = queue.waiting()
-    return [runs.status(folder, place=_place(folder, waiting)) for folder in workspace.run_folders()]
+    return [_status(folder, waiting) for folder in workspace.run_folders()]
+
+
+def _status(folder: Path, waiting: list[Path]) -> runs.Status:
+    found = runs.status(folder, place=_place(folder, waiting))
+    waits = found.state == "queued" and queue.waits_for_sign_in(folder)
+    return replace(found, reason=str(HostError("host.waits"))) if waits else found
 
 
 def _place(folder: Path, waiting: list[Path]) -> int:
@@ -109,8 +131,7 @@ def _place(folder: Path, waiting: list[Path]) -> int:
 
 def show(workspace: Workspace, id: str) -> runs.Status:
     """What one run is doing. Raises RunError."""
-    folder = workspace.run_folder(id)
-    return runs.status(folder, place=_place(folder, queue.waiting()))
+    return _status(workspace.run_folder(id), queue.waiting())
 
 
 def spec_of(workspace: Workspace, id: str) -> TrainSpec:
@@ -203,6 +224,17 @@ def force_stop(workspace: Workspace, id: str) -> None:
     pump()
 
 
+def save_all(*, seconds: float) -> int:
+    """Ask every run of everybody to stop and save, because the machine goes, and wait for them. Returns how many ended."""
+    live = [lock.parent for pattern in ("runs/*/run.lock", "users/*/runs/*/run.lock") for lock in home().glob(pattern) if runs.is_live(lock.parent)]
+    for folder in live:
+        runs.ask(folder, "stop", save=True)
+    until = time.monotonic() + seconds
+    while any(runs.is_live(folder) for folder in live) and time.monotonic() < until:
+        time.sleep(0.1)
+    return sum(not runs.is_live(folder) for folder in live)
+
+
 def resume(workspace: Workspace, id: str) -> str:
     """Queue a run to go on from its newest whole checkpoint. Raises RunError. Returns its id."""
     folder = workspace.run_folder(id)
@@ -269,8 +301,12 @@ def _file_name(name: str) -> str:
 def method_in_words(spec: TrainSpec) -> str:
     """The method of a run in a few words."""
     method = spec.method
+    if method.kind == "full":
+        layers = "" if method.layers == "all" else f" of {', '.join(method.layers)}"
+        return f"full fine-tuning{layers}" + (f", as a LoRA of rank {method.rank}" if method.save == "lora" else "")
     if method.kind != "lora":
-        return f"{METHOD_NAMES[method.kind]}, rank {method.rank}" + (f", alpha {method.alpha:g}" if hasattr(method, "alpha") else "")
+        own = f", rank {method.rank}" if hasattr(method, "rank") else f", blocks of {method.block}" if method.kind == "oft" else ""
+        return f"{METHOD_NAMES[method.kind]}{own}" + (f", alpha {method.alpha:g}" if hasattr(method, "alpha") else "")
     plus = f"LoRA+ ×{spec.optim.lora_plus_ratio:g}" if spec.optim.lora_plus_ratio else "LoRA"
     plus = ("DoRA" + plus.removeprefix("LoRA")) if method.dora else plus
     words = ", ".join(([f"from {method.start}"] if method.start else []) + ([method.init] if method.init not in ("kaiming", "gaussian") else []) + (["A frozen"] if method.freeze_a else []))
@@ -290,7 +326,9 @@ def data_choices(workspace: Workspace) -> list[tuple[str, str]]:
 
 def upload(workspace: Workspace, file: Path, name: str) -> str:
     """Keep an uploaded file under its own name in the workspace. Returns the path for a source. Raises DataError."""
+    fence.refuse_bytes(workspace, Path(file).stat().st_size)
     safe = re.sub(r"[^\w.-]+", "-", Path(name).name).lstrip(".-") or "data"
+    safe = Path(safe).stem[:80] + Path(safe).suffix[:20]
     target = workspace.data / safe
     if Path(safe).suffix.lower() != ".zip":  # an archive of pictures is looked into when it is used
         data.files_of(Path(file).with_name(safe) if Path(safe).suffix else Path(safe))

@@ -1,6 +1,13 @@
 """The verbs of a sweep: check one, start one as a run of the queue, and read what it found. It is followed, stopped and resumed as any run."""
 
-from lora_studio import runs, studio
+import shlex
+from functools import lru_cache
+from pathlib import Path
+from typing import get_args, get_origin
+
+import yaml
+
+from lora_studio import memory, runs, studio, visits
 from lora_studio.errors import Problem, RunError, SpecError
 from lora_studio.jobs import checks, queue
 from lora_studio.preflight import Report, gigabytes, pinned, preflight
@@ -9,6 +16,7 @@ from lora_studio.spec.sweep import SweepSpec, Variant
 from lora_studio.workspace import Workspace
 
 OWN = ("adapter", "gradients", "optimizer")  # what each adapter has for itself
+ADAPTERS = "adapters and optimizers"
 
 
 def compose(run: TrainSpec, over: list[str] = (), **asked) -> SweepSpec:
@@ -21,7 +29,7 @@ def compose(run: TrainSpec, over: list[str] = (), **asked) -> SweepSpec:
             raise SpecError("sweep.over", text=text)
         if path.strip() in values:
             raise SpecError("sweep.twice", words=f"{path.strip()} is given twice")
-        values[path.strip()] = runs.settings.read_yaml(f"[{listed.strip().removeprefix('[').removesuffix(']')}]", f"--over {path}")
+        values[path.strip()] = _listed(path.strip(), listed)
     tree = {
         "name": f"sweep of {run.name}"[:120],
         "run": to_tree(run),
@@ -32,6 +40,31 @@ def compose(run: TrainSpec, over: list[str] = (), **asked) -> SweepSpec:
     if not values and not tree.get("variants") and not tree.get("folds"):
         raise SpecError("sweep.what")
     return sweep.parse(_with_numbers(tree))
+
+
+def _listed(path: str, text: str) -> list:
+    """The values in a text: 4,8 or [4, 8]. A setting that is a list itself has each value in brackets: [q_proj],[q_proj, v_proj]."""
+    found = runs.settings.read_yaml(f"[{text}]", f"--over {path}")
+    leaf = next((one for one in runs.settings.leaves() if one.path == path), None)
+    is_list = leaf is not None and list in map(get_origin, (leaf.type, *get_args(leaf.type))) and path != "data"
+    inner = found[0] if len(found) == 1 and isinstance(found[0], list) else None
+    return inner if inner and (not is_list or any(isinstance(one, list) for one in inner)) else found
+
+
+def command(spec: SweepSpec) -> str:
+    """The command line that starts exactly this sweep."""
+    lines = [studio.command(spec.run).replace("lora_studio train", "lora_studio sweep", 1)]
+    lines += ["--over " + shlex.quote(f"{path}={runs.settings.inline(values)[1:-1]}") for path, values in spec.over.items()]
+    lines += ["--variant " + shlex.quote(runs.settings.inline(one)) for one in spec.variants]
+    asked = {"folds": spec.folds, "together": spec.together, "keep": None if spec.keep == "best" else spec.keep}
+    return " \\\n  ".join(lines + [f"--{name} {value}" for name, value in asked.items() if value is not None])
+
+
+def as_yaml(spec: SweepSpec) -> str:
+    """The sweep as YAML without what equals the defaults."""
+    own = spec.model_dump(mode="json", exclude_defaults=True, exclude={"run", "kind"})
+    tree = {"kind": spec.kind, **own, "run": to_tree(spec.run, sparse=True)}
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=100)
 
 
 def _with_numbers(tree: dict) -> dict:
@@ -83,15 +116,34 @@ def _size_up(spec: SweepSpec, adapters: int, report: Report) -> None:
     at_once = min(spec.together or count, count)
     shared = report.facts["memory"] - sum(parts.get(name, 0) for name in OWN) - batch
     needed = shared + adapters + at_once * batch
-    report.facts |= {"memory": needed, "memory_of_a_batch": batch}
     free = checks.free_memory(device)
-    if free is None or needed <= free:
+    report.facts |= {
+        "memory": needed,
+        "memory_of_a_batch": batch,
+        "memory_free": free,
+        "memory_badge": _badge(needed, free),
+        "at_once": at_once,
+    }
+    report.facts["memory_parts"] = _parts_of_all(parts, adapters, at_once, with_logits=not spec.run.compute.packing)
+    report.facts["memory_together"] = (*report.facts.get("memory_together", ()), ADAPTERS)
+    if free is None or needed <= memory.TIGHT * free:
         return
-    room = int((free - shared - adapters) // batch) if batch else 0
+    limit = free if needed > free else memory.TIGHT * free
+    room = int((limit - shared - adapters) // batch) if batch else 0
     advice = f"Set together to {room}." if 0 < room < at_once else "Give fewer values, or lower schedule.batch_size."
-    report.add(
-        "together", SpecError("sweep.memory", needed=gigabytes(needed), count=count, device=device, free=gigabytes(free), advice=advice)
-    )
+    told = SpecError("sweep.memory", needed=gigabytes(needed), count=count, device=device, free=gigabytes(free), advice=advice)
+    report.add("together", told, "error" if needed > free else "note")
+
+
+def _badge(needed: int, free: int | None) -> str:
+    return "unknown" if free is None else "too big" if needed > free else "tight" if needed > memory.TIGHT * free else "fits"
+
+
+def _parts_of_all(parts: dict[str, int], adapters: int, at_once: int, *, with_logits: bool) -> dict[str, int]:
+    """The parts of one run's memory as all adapters have them: what is the base's once, what is theirs as often as it is there."""
+    times = {"activations": at_once, "logits": at_once if with_logits else 1}
+    shared = {name: size * times.get(name, 1) for name, size in parts.items() if name not in OWN}
+    return {**shared, ADAPTERS: adapters}
 
 
 def start(workspace: Workspace, spec: SweepSpec) -> str:
@@ -101,7 +153,7 @@ def start(workspace: Workspace, spec: SweepSpec) -> str:
     if not report.can_start:
         raise SpecError("spec.problems", problems=[problem for problem in report.problems if problem.level == "error"])
     folder = runs.create(workspace, _pinned(spec))
-    runs.set_card(folder, base=spec.run.base.id, method="sweep")
+    runs.set_card(folder, base=spec.run.base.id, method="sweep", needs_token=visits.needs_token(workspace, spec.run))
     queue.add(workspace, folder, device=report.facts["device"])
     queue.pump()
     return folder.name
@@ -121,18 +173,30 @@ def _pinned(spec: SweepSpec) -> SweepSpec:
     return spec.model_copy(update={"run": pinned(spec.run), "over": over, "variants": listed})
 
 
-def result(workspace: Workspace, id: str) -> dict:
-    """What a sweep has found so far, also while it goes on. `variants`, each with name, words, changes, state, reason, step and steps,
-    `validation` (its lowest loss; with folds the mean over them, None until each has one), `folds` (the lowest loss of each), `library`
-    (the id of its adapter, once shelved), and curves of [step, loss]: `train` and `judged` (with folds of the adapter of all rows, and
-    the mean over the folds). `best` is the number of the variant with the lowest validation loss so far, and `kept` the one that the
-    finished sweep chose. Raises RunError when the run is no sweep."""
-    folder = workspace.run_folder(id)
+@lru_cache(maxsize=64)
+def read(folder: Path) -> tuple[SweepSpec, tuple[Variant, ...]]:
+    """The sweep in a run folder with its variants. (What was asked for never changes.) Raises RunError when the run is no sweep."""
     if runs.kind_of(folder) != "sweep":
         raise RunError("sweep.other", id=folder.name)
     spec = sweep.parse(runs.settings.read_tree(folder / "spec.yaml"))
-    status, events = studio.show(workspace, id), studio.events(workspace, id)
-    told = [_told(one, spec, [event for event in events if event.get("variant") == one.number]) for one in sweep.variants(spec)]
+    return spec, tuple(sweep.variants(spec))
+
+
+def result(workspace: Workspace, id: str) -> dict:
+    """What a sweep has found so far, also while it goes on (see `summary`). Raises RunError when the run is no sweep."""
+    folder = workspace.run_folder(id)
+    read(folder)
+    return summary(folder, studio.show(workspace, id), studio.events(workspace, id))
+
+
+def summary(folder: Path, status: runs.Status, events: list[dict]) -> dict:
+    """What the events of a sweep say. `variants`, each with name, words, changes, state, reason, step and steps,
+    `validation` (its lowest loss; with folds the mean over them, None until each has one), `folds` (the lowest loss of each), `library`
+    (the id of its adapter, once shelved), and curves of [step, loss]: `train` and `judged` (with folds of the adapter of all rows, and
+    the mean over the folds). `best` is the number of the variant with the lowest validation loss so far, and `kept` the one that the
+    finished sweep chose."""
+    spec, variants = read(folder)
+    told = [_told(one, spec, [event for event in events if event.get("variant") == one.number]) for one in variants]
     judged = [one for one in told if one["validation"] is not None and one["state"] != "failed"]
     done = next((event for event in reversed(events) if event["kind"] == "done"), {})
     return {

@@ -5,6 +5,7 @@ even a worker killed for memory leaves a sentence behind and the queue moves on.
 `--check` reads a spec from its input and says what its rows look like as tokens.
 """
 
+import contextlib
 import errno
 import json
 import os
@@ -14,12 +15,14 @@ import sys
 import time
 from pathlib import Path
 
-from lora_studio import durable, runs, settings
+from lora_studio import durable, fence, runs, settings
 from lora_studio.errors import StudioError
 from lora_studio.home import PACKAGE
+from lora_studio.workspace import Workspace
 
 LOOK_SECONDS = 0.25
 GRACE_SECONDS = 20.0
+REFUSED = 75  # the exit code of a worker whose token was refused (EX_TEMPFAIL)
 SIGNALS = {
     signal.SIGKILL: "was killed (signal 9, SIGKILL); the system does that when memory runs out",
     signal.SIGTERM: "was asked to end (signal 15, SIGTERM)",
@@ -35,8 +38,14 @@ def main(arguments: list[str]) -> int:
     if arguments[:1] == ["--check"]:
         return check(sys.stdin.read())
     if arguments[:1] == ["--inside"]:
+        fence.lend(_handed())
         return work(Path(arguments[1]))
     return keep(Path(arguments[0]), [int(handle) for handle in arguments[1:]])
+
+
+def _handed() -> str:
+    """The token that was handed over on the standard input; empty where there is none."""
+    return "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.readline().strip()
 
 
 # ---- the keeper
@@ -46,32 +55,42 @@ def keep(folder: Path, handles: list[int]) -> int:
     """Run the job of `folder` in a child, see to it that a request to stop is obeyed, and say how it ended."""
     for handle in handles:
         os.set_inheritable(handle, True)
+    token = _handed()
     child = subprocess.Popen(
-        [sys.executable, "-u", "-m", "lora_studio.worker", "--inside", str(folder)], stdin=subprocess.DEVNULL, pass_fds=handles
+        [sys.executable, "-u", "-m", "lora_studio.worker", "--inside", str(folder)],
+        stdin=subprocess.PIPE if token else subprocess.DEVNULL,
+        pass_fds=handles,
     )
+    if token:
+        with contextlib.suppress(BrokenPipeError), child.stdin as pipe:
+            pipe.write(f"{token}\n".encode())
     while child.poll() is None:
         time.sleep(LOOK_SECONDS)
         request = runs.asked(folder, "stop")
         if request and time.time() - request["time"] > request.get("grace", GRACE_SECONDS):
             child.kill()
-    words = in_words(child.returncode)
-    if runs.ended(folder) is None:
+    words, waits = in_words(child.returncode), child.returncode == REFUSED
+    if waits:
+        runs.set_card(folder, needs_token=True, refused=time.time())
+    elif runs.ended(folder) is None:
         reason = str(StudioError("run.ended", words=words, line=runs.last_line(folder)))
         if runs.asked(folder, "stop"):
             runs.note(folder, "stopped", saved=False, reason=f"It did not react to the request to stop and was ended. {reason}")
         else:
             runs.note(folder, "failed", reason=reason)
     runs.answered(folder, "stop")
-    _pump_next(handles)
+    _pump_next(handles, folder if waits else None)
     return 0 if child.returncode == 0 else 1
 
 
-def _pump_next(handles: list[int]) -> None:
-    """Let go of the locks and start what waits. The next worker gets a session of its own."""
+def _pump_next(handles: list[int], again: Path | None) -> None:
+    """Let go of the locks and start what waits, a run among it whose token was refused. The next worker gets a session of its own."""
     from lora_studio.jobs import queue
 
     for handle in handles:
         os.close(handle)
+    if again is not None:
+        queue.add(Workspace(again.parent.parent), again, device=durable.read_json(again / "card.json", {}).get("device", "cpu"))
     queue.pump()
 
 
@@ -121,6 +140,8 @@ def work(folder: Path) -> int:
             return 0
         except StudioError as error:
             print(f"error: {error}", flush=True)
+            if error.key == "base.bad_token" and fence.lent():
+                return REFUSED  # the keeper puts the run back into the queue, until its owner has signed in again
             events.emit("failed", reason=str(error), key=error.key)
             return 1
         except OSError as error:
@@ -143,6 +164,10 @@ def _train(folder: Path, desk: RunDesk) -> None:
         from lora_studio.training import many
 
         return many.run(folder, desk)
+    if runs.kind_of(folder) == "compare":
+        from lora_studio.training import comparing
+
+        return comparing.run(folder, desk)
     if not runs.trains(folder):
         from lora_studio.inference import searching
 

@@ -1,10 +1,12 @@
 """A workspace: one user's folder. Every verb takes one, and an id resolves only inside it."""
 
+import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from lora_studio.errors import MachineError, RunError
+from lora_studio.fence import Limits
 from lora_studio.home import home
 
 RUN_ID = re.compile(r"\d{8}-\d{6}-[0-9a-f]{4}")
@@ -12,10 +14,11 @@ RUN_ID = re.compile(r"\d{8}-\d{6}-[0-9a-f]{4}")
 
 @dataclass(frozen=True)
 class Workspace:
-    """The folder of one owner, and the right to use it."""
+    """The folder of one owner, and the right to use it. `limits` are a visitor's; None for who owns the studio."""
 
     root: Path
     owner: str = "local"
+    limits: Limits | None = None
 
     @property
     def runs(self) -> Path:
@@ -50,10 +53,20 @@ class Workspace:
 
 def local() -> Workspace:
     """The workspace of the person at this machine, made if it is not there. Raises MachineError."""
-    root = home()
+    return _made(Workspace(home()))
+
+
+def of_visitor(subject: str, name: str, limits: Limits) -> Workspace:
+    """The workspace of a visitor, made if it is not there. `subject` is what the sign-in calls them for ever, `name` what they are called
+    now; the folder's name is made of the first alone. Raises MachineError."""
+    folder = home() / "users" / hashlib.sha256(subject.encode()).hexdigest()[:24]
+    return _made(Workspace(folder, name, limits))
+
+
+def _made(workspace: Workspace) -> Workspace:
     try:
-        for folder in (root, root / "runs", root / "data"):
+        for folder in (workspace.root, workspace.runs, workspace.data):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
-        raise MachineError("machine.write", path=root, reason=error.strerror or str(error)) from None
-    return Workspace(root)
+        raise MachineError("machine.write", path=workspace.root, reason=error.strerror or str(error)) from None
+    return workspace

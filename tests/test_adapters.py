@@ -146,7 +146,8 @@ BAD = [
     ("lora_alpha 1e30", files(lora_alpha=1e30), "adapter.config_value", "1e+30"),
     ("rank a text", files(r="8"), "adapter.config_value", "r is '8'"),
     ("rank 0", files(r=0), "adapter.config_value", "r is 0"),
-    ("another method", files(peft_type="IA3"), "adapter.method", "IA3"),
+    ("another method", files(peft_type="BOFT"), "adapter.method", "BOFT"),
+    ("IA3 of another program", files(peft_type="IA3"), "adapter.native_width", "ia3"),
     ("no method", files(peft_type=None), "adapter.config_lacks", "peft_type"),
     ("configuration not JSON", {**files(), adapters.CONFIG: b"r: 8"}, "adapter.not_json", "broken"),
     ("configuration a list", {**files(), adapters.CONFIG: b"[]"}, "adapter.not_json", "not an object"),
@@ -358,8 +359,9 @@ def test_what_can_be_blended_is_not_refused(tmp_path, options):
 
 def test_other_methods_and_other_bases_are_refused_in_a_blend():
     fine = adapters.inspect(files())
-    with pytest.raises(BlendError, match="ia3"):
-        adapters.refuse_blend({"x": adapters.inspect(files(peft_type="IA3"))})
+    for kind, word in (("BOFT", "boft"), ("IA3", "an IA3 adapter: it multiplies")):
+        with pytest.raises(BlendError, match=word):
+            adapters.refuse_blend({"x": adapters.inspect(files(peft_type=kind))})
     with pytest.raises(BlendError, match="kohya"):
         adapters.refuse_blend({"x": adapters.inspect(image("lora_unet_x.lora_down.weight"))})
     other = adapters.inspect(files(base_model_name_or_path="someone/else"))

@@ -6,6 +6,8 @@ import os
 import random
 import shutil
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 
@@ -264,6 +266,25 @@ def test_what_is_done_to_the_folders_by_hand_is_seen(workspace):
     (top / ids[2] / "card.json").unlink()
     assert library.find(workspace, ids[2])[0].damage
     assert library.add(workspace, files_of(2), {"name": "mended"}) == ids[2] and library.find(workspace, "mended")[0].damage is None
+
+
+def test_many_who_ask_at_once_get_the_same_answer_and_the_process_lives(workspace, tmp_path):
+    """Eight threads open a fresh index at once, as pages do: SQLite once ended the whole process over it (signal 7)."""
+    code = """
+import sys, threading
+from pathlib import Path
+from lora_studio.library import index
+found = []
+for turn in range(6):
+    top = Path(sys.argv[1]) / str(turn)
+    ask = lambda: found.extend(index.count(top, index.Question()) for _ in range(30))
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+print(len(found), sum(found))
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout.split() == ["1440", "0"], done
 
 
 def test_an_index_that_cannot_be_written_is_done_without(workspace):

@@ -78,6 +78,12 @@ def test_yaml_in_and_out_is_the_same_spec():
         assert parse(yaml.safe_load(settings.dumps(spec, sparse=True))) == spec
 
 
+@pytest.mark.parametrize("text", ["{{{a}}}", "9" * 5000, "[" * 5000, "&a [*a, *a]", "\n".join(["a0: &a0 [x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 9))])])
+def test_yaml_that_is_no_setting_of_anybody_gets_a_sentence(text):
+    with pytest.raises(SpecError, match="not readable as YAML"):
+        settings.read_yaml(text)
+
+
 def test_a_key_given_twice_and_broken_yaml_are_named_with_their_line():
     for text, words in (("a: 1\na: 2", "sets a twice (line 2)"), ("a: [1", "line 1"), ("- 1", "holds a list")):
         with pytest.raises(SpecError) as caught:

@@ -7,7 +7,7 @@ training teaches the new thing only (ostris' way of training Z-Image-Turbo).
 import hashlib
 from pathlib import Path
 
-from lora_studio import library
+from lora_studio import fence, library
 from lora_studio.adapters import files
 from lora_studio.errors import AdapterError, BaseModelError, RunError
 from lora_studio.workspace import Workspace
@@ -16,9 +16,9 @@ from lora_studio.workspace import Workspace
 def locate(text: str, workspace: Workspace) -> Path | None:
     """The assistant on this machine: a folder, a .safetensors file, or an adapter of the library by its id; None for what has to be
     fetched from the Hub (owner/name, or owner/name/file.safetensors). Raises AdapterError."""
-    here = Path(text).expanduser()
-    if here.exists():
-        return here.absolute()
+    here = fence.place(text)
+    if here is not None:
+        return here
     if "/" not in text:
         try:
             return library.adapter_folder(workspace, text)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from lora_studio import bases
 from lora_studio.adapters import config as configs
-from lora_studio.adapters import experts, natives
+from lora_studio.adapters import experts, multiplying, natives
 from lora_studio.adapters.card import Card, Layer
 from lora_studio.adapters.files import shown
 from lora_studio.errors import AdapterError, BlendError, Problem
@@ -101,6 +101,8 @@ def refuse_blend(cards: dict[str, Card], *, prints: dict[str, str] | None = None
 def _refuse_one(name: str, card: Card) -> None:
     if card.method == "dora":
         raise BlendError("blend.dora", name=name)
+    if card.method in multiplying.METHODS.values() and card.format == "peft":
+        raise BlendError("blend.multiplies", name=name, method=card.method.upper())
     if card.method not in ("lora", *natives.METHODS.values()) or card.format != "peft":
         raise BlendError("blend.method", name=name, method=card.method if card.format == "peft" else f"{card.format} {card.method}")
     if card.mutates:

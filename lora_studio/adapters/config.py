@@ -60,9 +60,10 @@ def read(raw: bytes | None, given: dict | None) -> tuple[PeftConfig, dict]:
     if raw is not None and len(raw) > CONFIG_LIMIT:
         raise AdapterError("adapter.header_limit", path=CONFIG, what="a longer text", limit=f"{CONFIG_LIMIT:,}")
     tree = {**(parse_json(CONFIG, raw) if raw is not None else {"peft_type": "LORA"}), **(given or {})}
+    idle = {"r"} if tree.get("peft_type") == "OFT" else set()  # it has blocks, and an r of 0
     try:
         # PEFT writes null where it means its default.
-        return PeftConfig.model_validate({name: value for name, value in tree.items() if value is not None}), tree
+        return PeftConfig.model_validate({name: value for name, value in tree.items() if value is not None and name not in idle}), tree
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"] if part not in ("str", "bool", "int", "list[str]", "list[int]"))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lora_studio.adapters import config as configs
-from lora_studio.adapters import dialects, experts, images, lycoris, natives
+from lora_studio.adapters import dialects, experts, images, lycoris, multiplying, natives
 from lora_studio.adapters.card import Adapter, Card, Layer
 from lora_studio.adapters.files import FLOATS, NESTED, Entry, Header, locate, parse_json, read_header, shown
 from lora_studio.errors import AdapterError, Problem
@@ -54,6 +54,8 @@ def read(source: Path | str | dict[str, bytes], *, config: dict | None = None) -
         tensors = {name: _tensor(file, header.tensors[name]) for name in header.tensors if card.extras.get(name) != "copy"}
     if card.method in natives.METHODS.values() and card.format == "peft":
         modules = natives.modules(names, tensors)
+    elif card.method in multiplying.METHODS.values():
+        modules = {}
     else:
         modules = _modules(card, names, tensors) if card.format == "peft" else _modules_of_image(card, names, tensors)
     _refuse(_problems_of_values(place.label, tensors, modules, may_hold_more=card.format == "peft"))
@@ -84,6 +86,8 @@ def _card(label: str, header: Header, raw: bytes | None, given: dict | None) -> 
     base = shown(config.base_model_name_or_path, 200)
     if config.peft_type in natives.METHODS:
         return _native_card(label, header, config, tree, facts)
+    if config.peft_type in multiplying.METHODS:
+        return _multiplying_card(label, header, config, tree, facts)
     if config.peft_type != "LORA":
         method = shown(config.peft_type, 40)
         problem = _problem(AdapterError("adapter.method", path=label, method=method))
@@ -133,6 +137,17 @@ def _native_card(label: str, header: Header, config: configs.PeftConfig, tree: d
     layers = natives.layers(found)
     targets = tuple(sorted({name.rsplit(".", 1)[-1] for name in layers}))
     return Card("peft", method, layers=layers, targets=targets, **known, **facts), found
+
+
+def _multiplying_card(label: str, header: Header, config: configs.PeftConfig, tree: dict, facts: dict) -> tuple[Card, dialects.Names]:
+    """A card for an adapter that multiplies the weights."""
+    known = {"base": shown(config.base_model_name_or_path, 200), "revision": config.revision, "task_type": config.task_type, "config": tree}
+    method = multiplying.METHODS[config.peft_type]
+    try:
+        layers = multiplying.layers(label, header, config)
+    except AdapterError as error:
+        return Card("peft", method, problems=(_problem(error),), **known, **facts), dialects.Names()
+    return Card("peft", method, layers=layers, targets=tuple(sorted({name.rsplit(".", 1)[-1] for name in layers})), **known, **facts), dialects.Names()
 
 
 def _stranger(label: str, names: list[str]) -> AdapterError:

@@ -11,8 +11,7 @@ from lora_studio.adapters.files import Entry
 from lora_studio.checkpoints import numbers
 from lora_studio.checkpoints.plan import WIDTHS, header_of, weights_of
 from lora_studio.errors import BakeError
-
-EMBEDDED = ("embed", "wte", "lm_head", "shared")
+from lora_studio.spec.methods import EMBEDDED
 
 
 @dataclass(frozen=True)

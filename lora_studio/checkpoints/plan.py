@@ -111,7 +111,7 @@ def plan(base: Path, parts: list[tuple[adapters.Adapter, Weight]], *, dtype: str
             shards.append(Shard(path, tuple(outs), header.metadata, raw))
     texts |= _rewritten(base, shards, dtype, texts)
     written = {shard.path for shard in shards} | set(texts)
-    copied = tuple(name for name in _others(base) if name not in written)
+    copied = tuple(name for name in others(base) if name not in written)
     found = Plan(base, tuple(shards), copied, texts, tied.notes)
     if not found.changed:
         raise BakeError("bake.nothing", base=base.name)
@@ -264,7 +264,7 @@ def _rewritten(base: Path, shards: list[Shard], dtype: str | None, texts: dict[s
     return found
 
 
-def _others(base: Path) -> list[str]:
+def others(base: Path) -> list[str]:
     """The files that belong to the model besides the weights that are baked: configurations, tokenizers, licences, and of an image model
     its other parts whole."""
     pipeline = (base / "model_index.json").is_file()

@@ -144,7 +144,9 @@ class Talk:
             return HubError("hub.gated", id=self.id, address=f"{huggingface_hub.constants.ENDPOINT}/{self.id}")
         if isinstance(error, errors.RevisionNotFoundError):
             return HubError("hub.no_revision", id=self.id)
-        if status in (401, 403) and error.response.request.method == "PUT":  # the storage, which is never shown the token
+        if (
+            status in (401, 403) and error.response.request.method == "PUT" and "/api/" not in error.response.request.url.path
+        ):  # the storage, which is never shown the token
             return HubError("hub.refused", status=status, doing=doing, id=self.id, reason=self.reason(error), outcome=outcome)
         if status == 401 and (self.token or not isinstance(error, errors.RepositoryNotFoundError)):
             return HubError("hub.bad_token", doing=doing, outcome=outcome)
@@ -214,8 +216,8 @@ def _duration(seconds: int) -> str:
 
 
 def token_of(token: str | None) -> str:
-    """The token given, or the one of the Hub's own login. Raises HubError when there is none."""
-    found = token or huggingface_hub.get_token()
+    """The token given, or the one of the Hub's own login where None is given ("" is nobody's). Raises HubError when there is none."""
+    found = huggingface_hub.get_token() if token is None else token
     if not found:
         raise HubError("hub.no_token")
     return found

@@ -49,7 +49,7 @@ def pull(
     id = names.check_id(repo_id)
     if target.exists():
         raise HubError("hub.target", path=target)
-    talk = Talk(id, token or huggingface_hub.get_token(), NOTHING, report)
+    talk = Talk(id, huggingface_hub.get_token() if token is None else token, NOTHING, report)
     info = talk.do("looking for the repository", lambda: talk.api.model_info(id, revision=revision))
     tree = talk.do("listing its files", lambda: list(talk.api.list_repo_tree(id, recursive=bool(subfolder), revision=info.sha)))
     wanted = _wanted(id, [entry for entry in tree if isinstance(entry, RepoFile)], subfolder.strip("/"))
@@ -60,7 +60,7 @@ def pull(
         stage.mkdir()
         manifest = {}
         for entry in wanted:
-            manifest[Path(entry.path).name] = _fetch(talk, entry, info.sha, stage)
+            manifest[Path(entry.path).name] = fetch(talk, entry, info.sha, stage)
         for path in stage.iterdir():
             if path.is_dir():  # what the client keeps for itself, and the emptied subfolder
                 shutil.rmtree(path)
@@ -98,7 +98,7 @@ def _check_disk(folder: Path, size: int) -> None:
         raise MachineError("machine.disk", path=folder, free=_size(free), needed=_size(size + SPARE))
 
 
-def _fetch(talk: Talk, entry: RepoFile, commit: str, stage: Path) -> dict:
+def fetch(talk: Talk, entry: RepoFile, commit: str, stage: Path) -> dict:
     """One file into the stage, on disk and checked. Returns its line of the manifest."""
     name = Path(entry.path).name
     doing = f"fetching {talk.clean(name)}"
@@ -110,7 +110,9 @@ def _fetch(talk: Talk, entry: RepoFile, commit: str, stage: Path) -> dict:
         fetched = talk.do(doing, download, more=f", {_size(entry.size)}")
     except HubError as error:
         if client.full(error.__context__):
-            raise MachineError("machine.disk", path=stage.parent, free=_size(shutil.disk_usage(stage.parent).free), needed=_size(entry.size)) from None
+            raise MachineError(
+                "machine.disk", path=stage.parent, free=_size(shutil.disk_usage(stage.parent).free), needed=_size(entry.size)
+            ) from None
         raise
     final = stage / name
     if fetched != final:

@@ -1,19 +1,26 @@
 """Publish a folder to the Hub: look, send only what is missing, commit, look again, and only then say "published"."""
 
+import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, RepoFile, constants
+from huggingface_hub import CommitOperationAdd, constants
 from huggingface_hub import errors as hub
 from huggingface_hub.utils import get_session, hf_raise_for_status
 
 from lora_studio.errors import HubError
-from lora_studio.hub import client, names
+from lora_studio.hub import client, extras, names
 from lora_studio.hub.client import Account, Talk
-from lora_studio.hub.scan import Item, plan, scan, stamp
+from lora_studio.hub.extras import Aim, Extras
+from lora_studio.hub.pull import fetch
+from lora_studio.hub.remote import Remote, look
+from lora_studio.hub.scan import Item, item_of, plan, scan, stamp
 
+CARD = "README.md"
+MESSAGE = "Publish from LoRA Studio"
+LARGEST_LIST = 1 << 20
 ROUNDS = 3
 NOTHING = "Nothing was published."
 AGAIN = "It is not published yet; what the Hub has already is not sent again."
@@ -22,33 +29,17 @@ UNREAD = "The Hub took it, but it could not be checked; publishing again checks 
 
 @dataclass(frozen=True)
 class Published:
-    """What stands on the Hub, read back from it: the page, the commit, whether it is private, and what had to be sent."""
+    """What stands on the Hub, read back from it: the page, the commit, whether it is private, what had to be sent, the tag, and the
+    addresses of the pull request and the collection."""
 
     url: str
     commit: str
     private: bool
     sent: tuple[str, ...] = ()
     sent_bytes: int = 0
-
-
-@dataclass(frozen=True)
-class Remote:
-    """A repository as the Hub lists it."""
-
-    commit: str
-    private: bool
-    files: Mapping[str, RepoFile]
-
-    def missing(self, items: list[Item]) -> list[Item]:
-        """The files that are not there with the same bytes."""
-        return [item for item in items if not same(item, self.files.get(item.path))]
-
-
-def same(item: Item, there: RepoFile | None) -> bool:
-    """Whether the Hub's file has the size and the hash of ours."""
-    if there is None or there.size != item.size:
-        return False
-    return there.lfs.sha256 == item.sha256 if there.lfs else there.blob_id == item.blob
+    tag: str = ""
+    pull_request: str = ""
+    collection: str = ""
 
 
 def publish(
@@ -58,45 +49,74 @@ def publish(
     private: bool | None = None,
     token: str | None = None,
     files: Mapping[str, bytes | str] | None = None,
-    message: str = "Publish from LoRA Studio",
+    wish: Extras = Extras(),
+    listing: Callable[[str], str] | None = None,
     report: Callable[[str], None] | None = None,
 ) -> Published:
     """Make the repository hold every file of `folder`, with `files` (README.md, pictures) laid over it.
 
     A new repository is private unless `private` is False. An existing one keeps its visibility: asked for private, a
-    public one is refused. `report` is told each step. Files that are there and not here are left alone.
+    public one is refused. `wish` may hold a tag, a subfolder, ...; with a subfolder `listing` makes the repository's own README.md
+    from the one that is there. `report` is told each step. Files that are there and not here are left alone.
     Raises HubError; then nothing is published, or what is there is whole, and a second call sends only the rest.
     """
     if "/" in str(repo_id):
         names.check_id(repo_id)
+    wish.check()
     token = client.token_of(token)
     items = plan(folder, files, token=token)
-    found = scan(items)
-    if found:
-        more = f", and {len(found) - 5} more" if len(found) > 5 else ""
-        raise HubError("hub.scan", findings="; ".join(found[:5]) + more)
+    _check_leaks(items)
     if report:
         report("signing in")
     account = client.who(token, outcome=NOTHING)
     id = names.check_id(repo_id, owner=account.name)
-    _check_owner(id, account)
+    _check_owner(id, account, asks=wish.pull_request)
     talk = Talk(id, token, NOTHING, report)
     _check_card(talk, items)
-    start = _open(talk, private)
-    commit, sent = _send(talk, start, items, message)
+    extras.check_collection(talk, wish.collection)
+    if wish.folder:
+        items = [replace(item, path=f"{wish.folder}/{item.path}") for item in items]
+    aim = Aim(f"{MESSAGE}: {wish.folder}" if wish.folder else MESSAGE, account.name) if wish.pull_request else Aim()
+    start = _open(talk, private, aim)
+    _prepare(talk, wish, start, items)
+    commit, sent = _send(talk, start, items, aim, listing=listing if wish.folder else None)
+    return _finish(talk, wish, aim, commit, items, sent)
+
+
+def _prepare(talk: Talk, wish: Extras, start: Remote, items: list[Item]) -> None:
+    """What can be refused is refused before anything is sent, and who may have it is settled before there is something to have."""
+    if wish.tag:
+        extras.check_tag(talk, wish.tag, items)
+    extras.gate(talk, start, wish.gated)
+
+
+def _finish(talk: Talk, wish: Extras, aim: Aim, commit: str, items: list[Item], sent: list[Item]) -> Published:
+    """Read the repository back, and add what comes with it."""
     talk.outcome = UNREAD
-    remote = talk.do("reading the repository back", lambda: _look(talk, commit))
+    remote = talk.do("reading the repository back", lambda: look(talk, commit))
     missing = remote.missing(items)
     if missing:
-        raise HubError("hub.not_whole", id=id, files=", ".join(item.path for item in missing[:5]))
-    url = f"{constants.ENDPOINT}/{id}"
-    return Published(url, remote.commit, remote.private, tuple(item.path for item in sent), sum(item.size for item in sent))
+        raise HubError("hub.not_whole", id=talk.id, files=", ".join(item.path for item in missing[:5]))
+    if wish.tag:
+        extras.put_tag(talk, wish.tag, remote.commit, items)
+    collection = extras.collect(talk, wish.collection, private=remote.private) if wish.collection else ""
+    sizes = sum(item.size for item in sent)
+    url, asked = f"{constants.ENDPOINT}/{talk.id}", aim.address(talk.id)
+    return Published(url, remote.commit, remote.private, tuple(item.path for item in sent), sizes, wish.tag, asked, collection)
 
 
-def _check_owner(id: str, account: Account) -> None:
+def _check_leaks(items: list[Item]) -> None:
+    found = scan(items)
+    if found:
+        more = f", and {len(found) - 5} more" if len(found) > 5 else ""
+        raise HubError("hub.scan", findings="; ".join(found[:5]) + more)
+
+
+def _check_owner(id: str, account: Account, *, asks: bool) -> None:
+    """Whether somebody may publish there at all; who `asks` by a pull request may ask anybody."""
     owner, name = id.split("/")
     known = [account.name, *account.organizations]
-    if owner.lower() not in [one.lower() for one in known]:
+    if not asks and owner.lower() not in [one.lower() for one in known]:
         raise HubError("hub.namespace", owner=owner, known=", ".join(known[:8]), suggestion=f"{account.name}/{name}")
     if not account.writes:
         raise HubError("hub.read_token", name=account.name)
@@ -104,7 +124,7 @@ def _check_owner(id: str, account: Account) -> None:
 
 def _check_card(talk: Talk, items: list[Item]) -> None:
     """Let the Hub check README.md before there is a repository."""
-    card = next((item for item in items if item.path == "README.md"), None)
+    card = next((item for item in items if item.path == CARD), None)
     if card is None:
         return
     asked = {"repoType": "model", "content": card.read().decode("utf-8", "replace")}
@@ -120,33 +140,28 @@ def _check_card(talk: Talk, items: list[Item]) -> None:
         raise HubError("hub.card", reason=talk.clean("; ".join(wrong)).rstrip("."))
 
 
-def _look(talk: Talk, revision: str | None = None) -> Remote:
-    """What the Hub lists at a revision: always the files of one commit."""
-    info = talk.api.model_info(talk.id, revision=revision)
-    tree = talk.api.list_repo_tree(talk.id, recursive=True, revision=info.sha)
-    return Remote(info.sha, bool(info.private), {entry.path: entry for entry in tree if isinstance(entry, RepoFile)})
-
-
-def _open(talk: Talk, private: bool | None) -> Remote:
-    """The repository, made if it is not there; refused when it is someone else's, or public where private was asked for."""
-    remote = _find(talk, "looking for the repository")
-    if remote is None:
+def _open(talk: Talk, private: bool | None, aim: Aim) -> Remote:
+    """The repository, made if it is not there; refused when it is someone else's, or public where private was asked for. A pull request
+    needs one that is there, and no right to write to it."""
+    asks = aim.opens
+    remote = _find(talk, aim, "looking for the repository")
+    if remote is None and not asks:
         taken = talk.do("making the repository", lambda: _create(talk, private))
-        remote = _find(talk, "looking at the new repository")
+        remote = _find(talk, aim, "looking at the new repository")
         if remote is None and taken:
             raise HubError("hub.foreign", id=talk.id, reason=talk.clean(taken))
-        if remote is None:
-            raise HubError("hub.missing", id=talk.id)
-    else:
+    elif not asks:
         _check_rights(talk)
+    if remote is None:
+        raise HubError("hub.missing", id=talk.id)
     if private and not remote.private:
         raise HubError("hub.public", id=talk.id, suggestion=names.suggest(f"{talk.id}-private"))
     return remote
 
 
-def _find(talk: Talk, doing: str) -> Remote | None:
+def _find(talk: Talk, aim: Aim, doing: str) -> Remote | None:
     try:
-        return talk.do(doing, lambda: _look(talk), allow=(hub.RepositoryNotFoundError,))
+        return talk.do(doing, lambda: aim.look(talk), allow=(hub.RepositoryNotFoundError,))
     except hub.RepositoryNotFoundError as error:
         # huggingface_hub takes every 401 for a missing repository; only this header tells that it is one.
         if client.status_of(error) == 401 and error.response.headers.get("X-Error-Code") != "RepoNotFound":
@@ -175,12 +190,12 @@ def _create(talk: Talk, private: bool | None) -> str:
     return ""
 
 
-def _send(talk: Talk, remote: Remote, items: list[Item], message: str) -> tuple[str, list[Item]]:
+def _send(talk: Talk, remote: Remote, items: list[Item], aim: Aim, *, listing: Callable[[str], str] | None) -> tuple[str, list[Item]]:
     """Upload and commit what is missing. Returns the commit that holds it all, and what was sent."""
     sent: dict[str, Item] = {}
     failure, again = None, True
     for _ in range(ROUNDS):
-        missing = remote.missing(items)
+        missing = remote.missing([*items, *_listed(talk, remote, listing)])
         if not missing:
             return remote.commit, list(sent.values())
         if not again:
@@ -188,11 +203,12 @@ def _send(talk: Talk, remote: Remote, items: list[Item], message: str) -> tuple[
         additions = [_addition(item) for item in missing]
         size = sum(item.size for item in missing)
         talk.outcome = AGAIN
-        talk.do("uploading", partial(talk.api.preupload_lfs_files, talk.id, additions), more=f" {_count(missing)}, {size / 1e6:.1f} MB")
+        upload = partial(talk.api.preupload_lfs_files, talk.id, additions, revision=aim.revision, create_pr=aim.opens)
+        talk.do("uploading", upload, more=f" {_count(missing)}, {size / 1e6:.1f} MB")
         sent.update({item.path: item for item in missing})
         _check_unchanged(missing)
         try:
-            return _commit(talk, additions, message, remote.commit), list(sent.values())
+            return _commit(talk, additions, aim, remote.commit), list(sent.values())
         except client.FAILURES as error:
             cause = client.root(error)
             moved = client.status_of(cause) in (409, 412)
@@ -201,12 +217,30 @@ def _send(talk: Talk, remote: Remote, items: list[Item], message: str) -> tuple[
         # The answer may be lost and the commit be there all the same, so look before saying anything.
         client.pause(cause if again else None)
         try:
-            remote = talk.do("looking whether the commit arrived", lambda: _look(talk))
+            remote = talk.do("looking whether the commit arrived", lambda: aim.look(talk))
         except HubError:
             raise HubError("hub.unknown", id=talk.id, reason=str(failure)) from None
     if remote.missing(items):
         raise failure
     return remote.commit, list(sent.values())
+
+
+def _listed(talk: Talk, remote: Remote, listing: Callable[[str], str] | None) -> list[Item]:
+    """The repository's own README.md where it holds several adapters, made anew from the one that is there: others may have added theirs."""
+    if listing is None:
+        return []
+    there, before = remote.files.get(CARD), ""
+    if there is not None:
+        if there.size > LARGEST_LIST:
+            raise HubError("hub.card", reason=f"{CARD} of {talk.id} is larger than 1 MB")
+        with tempfile.TemporaryDirectory() as place:
+            fetch(talk, there, remote.commit, Path(place))
+            before = (Path(place) / CARD).read_text(encoding="utf-8", errors="replace")
+    item = item_of(CARD, listing(before).encode(), talk.token)
+    _check_leaks([item])
+    if remote.missing([item]):
+        _check_card(talk, [item])
+    return [item]
 
 
 def _check_unchanged(items: list[Item]) -> None:
@@ -216,10 +250,16 @@ def _check_unchanged(items: list[Item]) -> None:
             raise HubError("hub.file", path=item.path, reason="it changed while it was published", outcome=AGAIN)
 
 
-def _commit(talk: Talk, additions: list[CommitOperationAdd], message: str, parent: str) -> str:
+def _commit(talk: Talk, additions: list[CommitOperationAdd], aim: Aim, parent: str) -> str:
     if talk.report:
         talk.report("committing")
-    return talk.api.create_commit(talk.id, additions, commit_message=message, parent_commit=parent).oid
+    title = aim.title or MESSAGE
+    done = talk.api.create_commit(
+        talk.id, additions, commit_message=title, revision=aim.revision, create_pr=aim.opens, parent_commit=parent
+    )
+    if aim.opens:
+        aim.number = done.pr_num
+    return done.oid
 
 
 def _addition(item: Item) -> CommitOperationAdd:
@@ -230,4 +270,3 @@ def _addition(item: Item) -> CommitOperationAdd:
 
 def _count(items: list) -> str:
     return "1 file" if len(items) == 1 else f"{len(items)} files"
-

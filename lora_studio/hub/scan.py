@@ -78,7 +78,7 @@ def plan(folder: Path, files: Mapping[str, bytes | str] | None = None, *, token:
     if not any(name.endswith(".safetensors") for name in found):
         raise HubError("hub.empty", path=folder)
     try:
-        return [_item(name, source, token) for name, source in sorted(found.items())]
+        return [item_of(name, source, token) for name, source in sorted(found.items())]
     except OSError as error:
         raise _unreadable(error, folder) from None
 
@@ -115,7 +115,8 @@ def stamp(path: Path) -> tuple[int, int]:
     return known.st_size, known.st_mtime_ns
 
 
-def _item(name: str, source: Path | bytes, token: str | None) -> Item:
+def item_of(name: str, source: Path | bytes, token: str | None) -> Item:
+    """One file with its hashes, and whether the token in use is in it. Raises OSError."""
     size = len(source) if isinstance(source, bytes) else source.stat().st_size
     before = stamp(source) if isinstance(source, Path) else (0, 0)
     sha256, blob, leaks, tail, read = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size), False, b"", 0

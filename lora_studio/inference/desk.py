@@ -207,6 +207,10 @@ class Desk:
             self.place.release()
             self.place = None
 
+    def close(self) -> None:
+        """Let go of everything."""
+        self._drop()
+
     # ---- room for a run
 
     def make_room(self, request: dict) -> bool:

@@ -48,6 +48,8 @@ def export(reader, job, request: dict) -> tuple[str, dict]:
         raise AdapterError("adapter.target", path=target)
     job.doing = "reading the adapter"
     adapter = adapters.read(path)
+    if not adapter.modules:
+        raise AdapterError("export.multiplies", method=adapter.card.method.upper())
     base = _checked_base(request.get("base") or adapter.card.base, form)
     job.doing = f"writing it as {form}"
     own = lineage({"made": "export", "form": form, "dtype": dtype}, [{"name": label_of(path), "sha256": digest(Path(path)), "weight": 1.0}])

@@ -79,5 +79,5 @@ def take(lock: durable.Lock, device: str, check: Callable[[], None]) -> None:
 
 def _worker_on(device: str) -> Path | None:
     """The run that works on a device and has not ended."""
-    folders = (path.parent for path in sorted((home() / "runs").glob("*/run.lock")))
+    folders = (path.parent for path in sorted([*home().glob("runs/*/run.lock"), *home().glob("users/*/runs/*/run.lock")]))
     return next((folder for folder in folders if runs.is_live(folder) and not _is_over(folder) and runs.status(folder).device == device), None)

@@ -9,15 +9,16 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 
-from lora_studio import durable, errors, runs
+from lora_studio import durable, errors, fence, runs
 from lora_studio.errors import BenchError, StudioError
 from lora_studio.home import PACKAGE, home
 from lora_studio.jobs import devices
+from lora_studio.jobs.tokens import SECRETS
 
 START_SECONDS = 60.0
 SILENT_SECONDS = 60.0
@@ -31,13 +32,38 @@ _children: list[subprocess.Popen] = []
 def ask(verb: str, *, seconds: float = 600.0, **arguments) -> dict:
     """One request and its result; the process is started if need be. Raises StudioError, among them BenchError when the bench dies, is
     silent for a minute, or is not done within `seconds`."""
-    return _result(_exchange(_connect(), verb, arguments, seconds))
+    return _result(_asked(verb, arguments, seconds))
 
 
 def stream(verb: str, *, seconds: float = 3600.0, **arguments) -> Iterator[dict]:
     """The events of a request as they come: `waiting` each second with what is being done, `note`, `piece`, and `done` last.
     Closing the iterator cancels the request. Raises like `ask`."""
+    return _asked(verb, arguments, seconds)
+
+
+def _asked(verb: str, arguments: dict, seconds: float) -> Iterator[dict]:
+    # The bench serves everybody alike: what a visitor may name is looked at here.
+    for name in ("base", "tuned"):
+        if arguments.get(name):
+            fence.refuse_base(str(arguments[name]))
+    if verb in _carried:
+        return _told(_carried[verb](verb, arguments))
     return _exchange(_connect(), verb, arguments, seconds)
+
+
+_carried: dict[str, Callable[[str, dict], Iterator[dict]]] = {}
+
+
+def carry(verbs: tuple[str, ...], serve: Callable[[str, dict], Iterator[dict]]) -> None:
+    """From now on `serve(verb, arguments)` does these verbs in place of the bench's process (where a GPU is lent to calls only)."""
+    _carried.update(dict.fromkeys(verbs, serve))
+
+
+def _told(events: Iterator[dict]) -> Iterator[dict]:
+    for event in events:
+        if event["event"] == "error":
+            raise _error(event)
+        yield event
 
 
 def status() -> dict:
@@ -232,7 +258,7 @@ def _spawn() -> int:
     if not lock.take():
         return 0
     try:
-        environment = {key: value for key, value in os.environ.items() if key not in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")}
+        environment = {key: value for key, value in os.environ.items() if key not in SECRETS}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
         environment |= {"LORA_STUDIO_HOME": str(home()), "PYTHONUNBUFFERED": "1", "TRANSFORMERS_VERBOSITY": "error"}
         environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -9,6 +9,7 @@ import psutil
 
 from lora_studio import settings
 from lora_studio.home import PACKAGE
+from lora_studio.jobs.tokens import STUDIO
 from lora_studio.spec import TrainSpec
 
 SECONDS = 300
@@ -16,7 +17,7 @@ SECONDS = 300
 
 def encode_all(spec: TrainSpec) -> dict:
     """Encode every row of a spec as its run would. Returns {facts, problems}; a crash of the process is a problem too."""
-    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "TRANSFORMERS_VERBOSITY": "error"}
+    environment = {**{key: value for key, value in os.environ.items() if key not in STUDIO}, "OMP_WAIT_POLICY": "PASSIVE", "TRANSFORMERS_VERBOSITY": "error"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
     try:
         answer = subprocess.run(

@@ -15,7 +15,8 @@ from lora_studio.home import home
 @cache
 def known() -> tuple[str, ...]:
     """The devices torch could use here, best first: cuda:0, ..., mps, cpu."""
-    gpus = _gpus() if torch_build()["cuda"] or torch_build()["hip"] else []
+    # On ZeroGPU a GPU is lent to single calls of the server, and a run in a process of its own has none.
+    gpus = _gpus() if (torch_build()["cuda"] or torch_build()["hip"]) and not os.environ.get("SPACES_ZERO_GPU") else []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         gpus = gpus[: len([item for item in visible.split(",") if item.strip() not in ("", "-1")])]

@@ -1,5 +1,6 @@
 """Processes on this machine: start a detached worker, ask it to stop, and make sure that it does."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -11,18 +12,19 @@ import psutil
 
 from lora_studio import durable, runs
 from lora_studio.home import PACKAGE
+from lora_studio.jobs.tokens import SECRETS
 
 GRACE_SECONDS = 20.0
 _children: list[subprocess.Popen] = []
 
 
-def spawn(folder: Path, *, device: str, locks: list[durable.Lock]) -> int:
+def spawn(folder: Path, *, device: str, locks: list[durable.Lock], token: str = "") -> int:
     """Start the worker of a run in a session of its own, holding `locks`. Returns its process id.
 
-    Its output goes to a file, never to a pipe nobody reads, and no token is in its environment or command line.
+    Its output goes to a file, never to a pipe nobody reads. No token is in its environment or command line: a visitor's comes by its input.
     """
     handles = [lock.handle for lock in locks]
-    environment = {key: value for key, value in os.environ.items() if key not in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")}
+    environment = {key: value for key, value in os.environ.items() if key not in SECRETS}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if device.startswith("cuda"):
@@ -33,7 +35,7 @@ def spawn(folder: Path, *, device: str, locks: list[durable.Lock]) -> int:
     with open(folder / "log.txt", "ab", buffering=0) as log:
         process = subprocess.Popen(
             [sys.executable, "-u", "-m", "lora_studio.worker", str(folder), *map(str, handles)],
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE if token else subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
             pass_fds=handles,
@@ -41,9 +43,17 @@ def spawn(folder: Path, *, device: str, locks: list[durable.Lock]) -> int:
             env=environment,
             cwd=folder,
         )
+    hand_over(process, token)
     durable.write_json(folder / "process.json", {"pid": process.pid, "born": psutil.Process(process.pid).create_time()})
     _children.append(process)
     return process.pid
+
+
+def hand_over(process: subprocess.Popen, token: str) -> None:
+    """Give a process a token on its standard input, and close that."""
+    if token:
+        with contextlib.suppress(BrokenPipeError), process.stdin as pipe:
+            pipe.write(f"{token}\n".encode())
 
 
 def reap() -> None:

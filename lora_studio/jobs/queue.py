@@ -5,7 +5,7 @@ from pathlib import Path
 from lora_studio import durable, runs
 from lora_studio.errors import StudioError
 from lora_studio.home import home
-from lora_studio.jobs import bench, local
+from lora_studio.jobs import bench, local, tokens
 from lora_studio.jobs.devices import device_lock
 from lora_studio.workspace import Workspace
 
@@ -58,10 +58,21 @@ def pump() -> list[str]:
     return started
 
 
+def waits_for_sign_in(folder: Path) -> bool:
+    """Whether a run has to fetch something for a visitor who is not signed in, or whose token was refused since."""
+    card = durable.read_json(folder / "card.json", {})
+    return bool(card.get("needs_token")) and tokens.of(folder, after=card.get("refused", 0.0)) is None
+
+
 def _start(folder: Path) -> bool:
     """Start one run if its device is free. Both locks are taken here and inherited by the worker, so there is no gap
     in which the run could be started twice."""
-    device = durable.read_json(folder / "card.json", {}).get("device", "cpu")
+    card = durable.read_json(folder / "card.json", {})
+    device, token = card.get("device", "cpu"), ""
+    if card.get("needs_token"):
+        token = tokens.of(folder, after=card.get("refused", 0.0))
+        if token is None:
+            return False
     place = durable.Lock(device_lock(device))
     if not place.take(wait=0.05) and not (bench.make_room(folder, device=device) and place.take(wait=0.5)):
         return False
@@ -70,7 +81,7 @@ def _start(folder: Path) -> bool:
         if not run.take(wait=0.05):
             return False
         runs.note(folder, "launched", device=device)
-        local.spawn(folder, device=device, locks=[place, run])
+        local.spawn(folder, device=device, locks=[place, run], token=token)
         return True
     except (OSError, StudioError) as error:
         runs.note(folder, "failed", reason=f"The process could not be started: {error}")

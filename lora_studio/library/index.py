@@ -3,6 +3,8 @@
 import contextlib
 import os
 import sqlite3
+import threading
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 from lora_studio.library import cards
 
 VERSION = 2
+BROKEN = (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR)
 FOLDER, FILE = ".index", "library.sqlite"
 ORDERS = {
     "newest": "created DESC, id", "oldest": "created, id", "name": "sorted, id", "size": "bytes DESC, id", "rank": "rank DESC, id",
@@ -21,6 +24,7 @@ CREATE TABLE items (
   trigger TEXT, tags TEXT, favourite INTEGER, created REAL, run TEXT, damage TEXT, sorted TEXT, words TEXT, tag_keys TEXT, parents TEXT
 ) WITHOUT ROWID
 """
+_turns: dict[str, threading.RLock] = defaultdict(threading.RLock)
 
 
 @dataclass(frozen=True)
@@ -115,8 +119,11 @@ def _where(question: Question) -> tuple[str, list]:
 
 @contextlib.contextmanager
 def _opened(top: Path) -> Iterator[sqlite3.Connection]:
-    """The index, level with the folders. A broken or foreign one is made anew; where none can be written, it lives in memory."""
-    with contextlib.closing(_level(top)) as connection:
+    """The index, level with the folders. A broken or foreign one is made anew; where none can be written, it lives in memory.
+
+    One thread at a time: SQLite shares memory among a process's connections to a file, and a file that is made anew beneath them ends the process.
+    """
+    with _turns[str(top)], contextlib.closing(_level(top)) as connection:
         yield connection
 
 
@@ -126,7 +133,9 @@ def _level(top: Path) -> sqlite3.Connection:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             return _synced(sqlite3.connect(folder / FILE, timeout=10), top)
-        except (sqlite3.DatabaseError, OSError):
+        except (sqlite3.DatabaseError, OSError) as error:
+            if getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF not in BROKEN:
+                break  # another process is at it, or the disk is full: it is not the file that is wrong
             for path in folder.glob(f"{FILE}*") if folder.is_dir() else ():
                 with contextlib.suppress(OSError):
                     path.unlink()

@@ -8,7 +8,7 @@ import shutil
 import time
 from pathlib import Path
 
-from lora_studio import adapters, durable
+from lora_studio import adapters, durable, fence
 from lora_studio.adapters.files import locate, parse_json
 from lora_studio.errors import AdapterError, MachineError
 from lora_studio.library import cards, index
@@ -81,6 +81,7 @@ def add(workspace: Workspace, source: Path | str | dict[str, bytes], facts: dict
         if target.is_dir():
             _mend(target, files, made)
             return id
+    fence.refuse_bytes(workspace, sum(map(len, files.values())))
     stage = _stage(target, files, made)
     with _lock(workspace):
         if target.is_dir():

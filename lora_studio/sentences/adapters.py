@@ -96,6 +96,8 @@ SENTENCES = {
     "blend.bases": "{left} was made for {left_base}, {right} for {right_base}. Blend adapters of the same base only.",
     "blend.dora": "{name} is a DoRA adapter: its magnitudes make the update more than low-rank, so it cannot be blended, baked or tried here. Train it "
     "without DoRA, or merge it into its base with PEFT and take a plain adapter out with `extract`.",
+    "blend.multiplies": "{name} is an {method} adapter: it multiplies the weights instead of adding to them, so it cannot be blended, baked or tried here. Merge it into its "
+    "base with PEFT, and take a plain adapter out with `extract`.",
     "blend.method": "{name} is a {method} adapter, which cannot be blended, baked or tried here. Convert it to LoRA with PEFT's convert_to_lora first.",
     "blend.mutates": "{name} was started with {init}, which changes the base itself. Save it as plain LoRA first (PEFT: save_pretrained with "
     "path_initial_model_for_weight_conversion), or train it without {init}.",
@@ -156,6 +158,7 @@ SENTENCES = {
     # export
     "export.form": "{form} is no form an adapter is exported in. Known: {known}.",
     "export.base": "The adapter does not say which base it was made for, and {form} needs its sizes. Name it with --base.",
+    "export.multiplies": "An {method} adapter has no B·A, which all other forms and types of numbers are made of. Export the files it came with.",
     "export.language": "The form {form} is for adapters of image models, and this one is for a language model. Export it as peft or gguf.",
     "export.kohya": "kohya's form is written for Stable Diffusion 1, 2, XL and (with its base on this machine) FLUX.1, and this adapter is for a {kind}. "
     "Export it as diffusers.",

@@ -9,8 +9,9 @@ SENTENCES = {
     "hub.read_token": "The token of {name} may only read. Nothing was published. Make one that may write at "
     "https://huggingface.co/settings/tokens, then sign in with `hf auth login --force`.",
     "hub.namespace": "You cannot publish as {owner}: your token knows {known}. Nothing was published. Publish as {suggestion}, "
-    "or sign in with a token that may see {owner}.",
-    "hub.foreign": "{id} is there already and you may not write to it ({reason}). Nothing was published. Choose another name.",
+    "open a pull request instead, or sign in with a token that may see {owner}.",
+    "hub.foreign": "{id} is there already and you may not write to it ({reason}). Nothing was published. Choose another name, or open a pull "
+    "request instead.",
     "hub.public": "{id} is there already and is public, and you asked for private. Nothing was published. "
     "Choose another name, such as {suggestion}, or make it private in its settings on the Hub.",
     "hub.missing": "The Hub has no {id}, or your account may not see it. Check the name; sign in with `hf auth login` if it is private.",
@@ -37,6 +38,18 @@ SENTENCES = {
     "only what is missing is sent. See whether a .gitignore there leaves it out.",
     "hub.unknown": "The last answer of the Hub did not arrive, and {id} cannot be looked at ({reason}) "
     "It may be published or not. Publish again when the Hub answers: it looks first and sends only what is missing.",
+    "hub.tag_name": "{name} cannot be the name of a version. Nothing was sent. Use letters, digits, and - _ . between them, such as v1.0.",
+    "hub.folder_name": "{name} cannot be the folder of an adapter. Nothing was sent. Use letters, digits, and - _ . between them, such as pirate.",
+    "hub.gate_name": "{name} does not say who may have it. Nothing was sent. Choose one of {known}.",
+    "hub.collection_name": "{name} cannot be the title of a collection. Nothing was sent. Use one line of at most {longest} characters.",
+    "hub.request_only": "A pull request only asks for its files to be taken; {what} is for whoever owns the repository. Nothing was sent. "
+    "Leave it out, or publish without a pull request.",
+    "hub.not_gated": "{id} should be gated ({wish}), and the Hub says {found}. Nothing was sent. Set it in the settings of {id}, then publish again.",
+    "hub.tag": "{id} has the version {tag} already, and it holds other files. Nothing was sent. Choose another, such as {suggestion}.",
+    "hub.tag_moved": "The files are published, but {tag} of {id} stands for others: somebody set it meanwhile. Choose another version, such as "
+    "{suggestion}, and publish again.",
+    "hub.no_collection": "There is no collection {slug}, or your account may not see it. {outcome} Check its name, or give a title for a new one.",
+    "hub.not_collected": "{id} is published, but the Hub does not list it in the collection {slug}. Publish again, or add it there on the Hub.",
     "hub.target": "{path} is there already. Nothing was pulled. Choose another name.",
     "hub.bad_name": "{id} holds a file with the name {name}, which no adapter needs. Nothing was pulled. Do not use this repository.",
     "hub.pickle": "{id} has its weights in {name}, which may be a pickle, and pickles run code. Nothing was pulled. "

@@ -32,6 +32,7 @@ SENTENCES = {
     "data.all_masked": "No token of any row would be learnt: {reason}.",
     "data.hub": "The data set {path} could not be fetched: {reason}.",
     "data.no_split": "{path} has no split {split}; it has {known}. Change split.",
+    "data.not_allowed": "The data set {id} is not among those that this studio fetches. Upload the rows, or ask its owner to allow it.",
     # base
     "base.missing": "There is no base model {id}: it is neither a folder here nor a Hub id. {hint}",
     "base.not_found": "The Hub has no model {id}, or your account may not see it. Check the name; sign in with `hf auth login` "
@@ -55,14 +56,20 @@ SENTENCES = {
     "Choose a base that transformers supports itself.",
     "base.broken": "{id} could not be loaded: {reason}. Fetch it again.",
     "base.targets": "No layer of {id} is called {targets}. It has: {known}.",
+    "base.renamed": "{id} keeps {name} under another name or shape in its files, so full fine-tuning cannot write it. Choose lora.",
     "base.template": "The chat template of {id} fails on row {row} of {path}: {reason}. Set task.template to chatml, "
     "or change the row.",
+    "base.not_allowed": "The base {id} is not among those that this studio offers. Take one of {known}, or ask its owner to allow it.",
     # training
     "training.not_finite": "The {what} became {value} at step {step}; the last good step is {good}. "
     "Nothing broken was saved. Try a lower optim.lr (now {lr:g}) or a longer schedule.warmup.",
     "training.muon": "optim.kind muon is for matrices, and a parameter of shape {shape} is none. Choose adamw.",
+    "training.layers": "{pattern} means nothing of {id} that would learn. Name one of its parts: {known}, or all.",
     "training.start_layers": "{adapter} changes {count} layers that this run does not train, the first being {name}. Set method.targets to its layers.",
     "training.start_rank": "{adapter} has rank {rank} in {name}, and method.rank is {there}. Raise method.rank to at least {rank}.",
+    "training.start_small": "method.init {init} finds at most {most} directions in {name}, and method.rank is {rank}. Lower method.rank, or leave that layer out of method.targets.",
+    "training.start_packed": "{id} has no {name} in its own numbers in its files, which loftq compares with 4 bits. Take the unpacked base, or another method.init.",
+    "training.start_tied": "The base uses the weight of {name} in two places, so this method.init cannot take out of it what it starts from. Leave it out of method.targets.",
     "training.resume_changed": "The run cannot go on from its checkpoint: {changes}. Start a new run with these settings.",
     # run
     "run.unknown": "There is no run {id}. See `runs` for those that are here.",
@@ -72,8 +79,11 @@ SENTENCES = {
     "run.captions": "The run {id} writes captions, so it has no settings to train with. Look at its album on the Pictures page.",
     "run.search": "The run {id} searches weights, so it has no settings to train with. What it found is told by: search --result {id}.",
     "run.sweep": "The run {id} is a sweep, so it has no settings of one adapter. See what it found with sweep-result {id}.",
+    "run.compare": "The run {id} compares LoRA and LoRA+, so it has no settings of one adapter. See what it found with compare-result {id}.",
     "run.live": "The run {id} is {state}. Stop it first.",
     "run.finished": "The run {id} is done; there is nothing to go on with. Start a new run, or raise schedule.steps there.",
+    "run.machine_went": "The machine went while it worked. Resume goes on from step {step}.",
+    "run.machine_went_early": "The machine went before its first checkpoint was kept. Resume starts it again.",
     "run.vanished": "The process vanished without a word, as after a power cut or kill -9. Its last log line: {line}",
     "run.no_less": "{id} cannot be tried with less memory: it did not run out, or nothing is left to lower. Choose a smaller base.",
     "run.ended": "The process {words}. Its last log line: {line}",
@@ -89,11 +99,16 @@ SENTENCES = {
     "sweep.over": "{text} is not of the form path=value,value. Write for example --over method.rank=4,8.",
     "sweep.fixed": "{path} cannot vary in a sweep, because all its adapters share one base and one pass. What can: {known}.",
     "sweep.many": "The sweep would train {count} adapters at once; at most {most} fit. Give fewer values or fewer folds.",
+    "sweep.nameless": "Setting {number} that varies has values ({values}) and no name. Choose the setting, or clear the values.",
     "sweep.twice": "Two variants of the sweep are alike ({words}). Give each value once.",
     "sweep.unjudged": "The best variant is known by its validation loss. Set validation.size or folds, or keep all.",
     "sweep.memory": "The sweep needs about {needed} for {count} adapters, and {device} has {free} free. {advice}",
     "sweep.route": "{base} does not keep the rows of several adapters apart ({reason}). Train them one after another.",
     "sweep.all_failed": "Every adapter of the sweep broke off. The first said: {reason}",
+    # comparisons
+    "compare.other": "The run {id} is no comparison. Give the id of one that is.",
+    "compare.failed": "{method} broke off at every rate that was tried. Give lower rates.",
+    "compare.rates": "{text} is no list of rates. Write for example --rates 5e-4,1e-3,2e-3.",
     # search
     "search.other": "The run {id} is no search for weights. Give the id of one that is.",
     "search.what": "A search needs adapters and rows. Write for example search pirate capitals --rows held-out.jsonl.",

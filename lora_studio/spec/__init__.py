@@ -51,9 +51,10 @@ class Source(Part):
 class Optim(Part):
     """The optimizer and its rates."""
 
-    kind: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "lion", "lion_8bit", "muon", "prodigy", "adafactor", "sgd"] = "adamw"
+    kind: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "lion", "lion_8bit", "muon", "prodigy", "adafactor", "sgd", "adamw_schedule_free"] = "adamw"
     """The optimizer. adamw is fused; 8bit ones keep their state in 8 bits, a paged one moves it to main memory when the GPU is full. prodigy finds
-    its own rate: set lr to 1. muon is for matrices, at rates about ten times higher; lion's are about five times lower."""
+    its own rate: set lr to 1. muon is for matrices, at rates about ten times higher; lion's are about five times lower. adamw_schedule_free needs
+    no schedule but constant: it saves a running average of its steps."""
     lr: Annotated[float, Field(gt=0, le=100)] = 2e-4
     """The rate of A, and without LoRA+ of B too."""
     lora_plus_ratio: Annotated[float, Field(gt=1, le=1000)] | None = None

@@ -15,17 +15,26 @@ METHODS = {
     "orthogonal start": {"method": {"rank": 4, "alpha": 8, "init": "orthogonal"}},
     "PiSSA": {"method": {"rank": 4, "alpha": 8, "init": "pissa"}},
     "OLoRA": {"method": {"rank": 4, "alpha": 8, "init": "olora"}},
+    "EVA": {"method": {"rank": 4, "alpha": 8, "init": "eva"}},
+    "CorDA": {"method": {"rank": 4, "alpha": 8, "init": "corda"}},
+    "LoRA-GA": {"method": {"rank": 4, "alpha": 8, "init": "lora_ga"}},
+    "LoftQ": {"method": {"rank": 4, "alpha": 8, "init": "loftq"}, "compute": {"quantize": "4bit"}},
     "DyLoRA": {"method": {"kind": "dylora", "rank": 4, "alpha": 8}},
     "AdaLoRA": {"method": {"kind": "adalora", "rank": 2, "first_rank": 4, "alpha": 8, "every": 2}},
     "VeRA": {"method": {"kind": "vera", "rank": 16}},
     "LoHa": {"method": {"kind": "loha", "rank": 3, "alpha": 6}},
     "LoKr": {"method": {"kind": "lokr", "rank": 3, "alpha": 6}},
     "MiSS": {"method": {"kind": "miss", "rank": 4}},
+    "OFT": {"method": {"kind": "oft", "block": 8}},
+    "IA3": {"method": {"kind": "ia3"}},
+    "full fine-tuning": {"method": {"kind": "full", "save": "lora", "rank": 32}},
 }
 
 _DORA = "its lengths are no sum of low-rank updates"
 _FOUR = "it needs the base's own numbers"
 _SHAPES = "its products do not fit packed weights"
+_TIMES = "it multiplies the weights"
+_NO_LOADER = "no loader of image models knows it"
 _ONE = "a run carries one such adapter"
 CROSSES = {
     ("DoRA", "Playground and blend"): _DORA,
@@ -33,9 +42,18 @@ CROSSES = {
     ("orthogonal start", "4-bit base"): _FOUR,
     ("PiSSA", "4-bit base"): _FOUR,
     ("OLoRA", "4-bit base"): _FOUR,
+    ("CorDA", "4-bit base"): _FOUR,
+    ("LoRA-GA", "4-bit base"): _FOUR,
+    ("LoftQ", "image"): "it is tried on language models only",
+    ("full fine-tuning", "image"): "a model of pictures has parts that are not written yet",
+    ("full fine-tuning", "4-bit base"): _FOUR,
+    ("full fine-tuning", "parallel"): "the base itself changes",
+    **{(name, what): _TIMES for name in ("OFT", "IA3") for what in ("Playground and blend", "bake")},
+    **{(name, "image"): _NO_LOADER for name in ("OFT", "IA3")},
+    ("IA3", "4-bit base"): "PEFT's layer for it answers in fp32 there",
     ("LoHa", "4-bit base"): _SHAPES,
     ("LoKr", "4-bit base"): _SHAPES,
-    **{(name, "parallel"): _ONE for name in ("DoRA", "LoRA-FA", "orthogonal start", "PiSSA", "OLoRA", "DyLoRA", "AdaLoRA", "VeRA", "LoHa", "LoKr", "MiSS")},
+    **{(name, "parallel"): _ONE for name in ("DoRA", "LoRA-FA", "orthogonal start", "PiSSA", "OLoRA", "EVA", "CorDA", "LoRA-GA", "LoftQ", "DyLoRA", "AdaLoRA", "VeRA", "LoHa", "LoKr", "MiSS", "OFT", "IA3")},
 }
 
 

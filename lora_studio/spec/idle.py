@@ -1,6 +1,8 @@
 """Settings that would do nothing where they are: a spec refuses them, each with a sentence."""
 
-from lora_studio.spec.methods import WITH_B
+from lora_studio import weights
+from lora_studio.errors import BlendError
+from lora_studio.spec.methods import FROM_SOMETHING, MULTIPLYING, WITH_B
 from lora_studio.spec.tasks import Part
 
 # Settings outside of task that only one kind of model has a use for. A form hides them from the other.
@@ -28,6 +30,14 @@ def _is_image(spec) -> bool:
 def _has_prior(spec) -> bool:
     """Whether there are class pictures, given or to be drawn."""
     return any(source.prior for source in spec.data) or spec.task.prior_pictures > 0
+
+
+def _names_layers(layers) -> bool:
+    """Whether these are "all" or patterns of layers."""
+    try:
+        return layers == "all" or bool([weights.means(pattern, "") for pattern in layers])
+    except BlendError:
+        return False
 
 
 def needs_gpu(spec) -> list[str]:
@@ -152,18 +162,28 @@ NO_EFFECT = [
     ),
     (
         "method.init",
-        lambda spec: getattr(spec.method, "init", "") in ("pissa", "olora") and spec.method.dora,
-        "method.init pissa and olora do not go with method.dora: their file could not be made for the untouched base. Keep one of them.",
+        lambda spec: getattr(spec.method, "init", "") in FROM_SOMETHING and spec.method.dora,
+        "method.init pissa, olora, corda, lora_ga and loftq do not go with method.dora: their file could not be made for the untouched base. Keep one of them.",
     ),
     (
         "method.init",
-        lambda spec: getattr(spec.method, "init", "") in ("pissa", "olora", "orthogonal") and spec.method.freeze_a,
-        "method.init pissa, olora and orthogonal do not go with method.freeze_a. Keep one of them.",
+        lambda spec: getattr(spec.method, "init", "") in (*FROM_SOMETHING, "orthogonal") and spec.method.freeze_a,
+        "method.init pissa, olora, corda, lora_ga, loftq and orthogonal do not go with method.freeze_a. Keep one of them.",
     ),
     (
         "method.init",
-        lambda spec: getattr(spec.method, "init", "") in ("pissa", "olora", "orthogonal") and spec.compute.quantize != "none",
-        "method.init pissa, olora and orthogonal need the base's own numbers, which a quantised one has not. Set compute.quantize to none, or another init.",
+        lambda spec: getattr(spec.method, "init", "") in ("pissa", "olora", "corda", "lora_ga", "orthogonal") and spec.compute.quantize != "none",
+        "method.init pissa, olora, corda, lora_ga and orthogonal need the base's own numbers, which a quantised one has not. Set compute.quantize to none, or another init.",
+    ),
+    (
+        "method.init",
+        lambda spec: getattr(spec.method, "init", "") == "loftq" and (_is_image(spec) or spec.compute.quantize != "4bit"),
+        "method.init loftq makes up for what 4 bits lose, and is for language models only. Set compute.quantize to 4bit there, or take another init.",
+    ),
+    (
+        "method.init",
+        lambda spec: getattr(spec.method, "init", "") in ("eva", "corda", "lora_ga") and spec.compute.block_swap > 0,
+        "method.init eva, corda and lora_ga look at the rows before any block waits in main memory. Set compute.block_swap to 0, or take another init.",
     ),
     *(
         (
@@ -172,6 +192,37 @@ NO_EFFECT = [
             f"method.kind {kind} does not work on a base in 4 bits. Set compute.quantize to 8bit or none, or choose lora.",
         )
         for kind in ("loha", "lokr")
+    ),
+    (
+        "method.kind",
+        lambda spec: spec.method.kind == "ia3" and spec.compute.quantize != "none",
+        "method.kind ia3 does not work on a quantised base, where PEFT's layer for it answers in fp32. Set compute.quantize to none, or choose oft or lora.",
+    ),
+    *(
+        (
+            "method.kind",
+            lambda spec, kind=kind: spec.method.kind == kind and _is_image(spec),
+            f"method.kind {kind} is for language models only: no loader of image models knows it. Choose lora.",
+        )
+        for kind in MULTIPLYING
+    ),
+    *(
+        ("method.kind", lambda spec, is_so=is_so: spec.method.kind == "full" and is_so(spec), f"method.kind full {sentence}")
+        for is_so, sentence in (
+            (_is_image, "trains language models only. Choose lora for pictures."),
+            (lambda spec: spec.compute.quantize != "none", "changes the base's own numbers, which a quantised base has not. Set compute.quantize to none, or choose lora."),
+            (lambda spec: spec.compute.precision == "bf16", "keeps the base's numbers in fp32: its steps are too small for bf16. Set compute.precision to auto, or choose lora."),
+        )
+    ),
+    (
+        "method.layers",
+        lambda spec: spec.method.kind == "full" and not _names_layers(spec.method.layers),
+        "method.layers names no layers that learn. Write words of their names with dots between, such as [model.layers.0-3, mlp], or all.",
+    ),
+    (
+        "method.rank",
+        lambda spec: spec.method.kind == "full" and spec.method.save == "model" and changed(spec.method, "rank"),
+        "method.rank has no effect where a whole model is saved. Set method.save to lora, or remove it.",
     ),
     (
         "method.start",
@@ -225,8 +276,23 @@ NO_EFFECT = [
     ),
     (
         "optim.kind",
-        lambda spec: spec.optim.kind == "muon" and (spec.method.kind in ("vera", "adalora") or getattr(spec.method, "dora", False)),
+        lambda spec: spec.optim.kind == "muon" and (spec.method.kind in ("vera", "adalora", *MULTIPLYING) or getattr(spec.method, "dora", False)),
         "optim.kind muon is for matrices, and this method learns vectors. Choose adamw.",
+    ),
+    (
+        "schedule.kind",
+        lambda spec: spec.optim.kind == "adamw_schedule_free" and spec.schedule.kind != "constant",
+        "schedule.kind must be constant for optim.kind adamw_schedule_free, whose running average takes the place of a falling rate. Set it, or choose adamw.",
+    ),
+    (
+        "optim.beta1",
+        lambda spec: spec.optim.kind == "adamw_schedule_free" and spec.optim.beta1 == 0,
+        "optim.beta1 must be above 0 for optim.kind adamw_schedule_free, which steps between two places by it. Raise it, or choose adamw.",
+    ),
+    (
+        "optim.kind",
+        lambda spec: spec.optim.kind == "adamw_schedule_free" and spec.method.kind == "adalora",
+        "optim.kind adamw_schedule_free does not go with method.kind adalora: its average brings back the rank that was taken away. Choose adamw.",
     ),
     (
         "optim.lora_plus_ratio",

@@ -1,9 +1,11 @@
 """The settings of each kind of adapter: how the update of a layer is made, and what of it is learnt."""
 
+import math
 from typing import Annotated, Literal, Union
 
 from pydantic import Field
 
+from lora_studio import weights
 from lora_studio.spec.tasks import Part
 
 Rank = Annotated[int, Field(ge=1, le=4096)]
@@ -16,7 +18,7 @@ class Lora(Part):
     """Low-rank adaptation: W0 + scale·B·A, with A (rank, in) and B (out, rank). Hu et al. 2021, arXiv 2106.09685."""
 
     kind: Literal["lora"] = "lora"
-    """The kind of adapter: lora, dylora, adalora, vera, loha, lokr, or miss."""
+    """The kind of adapter: lora, dylora, adalora, vera, loha, lokr, miss, oft, ia3, or full: none, the base itself learns."""
     rank: Rank = 16
     """The rank r of the update. Rank, alpha and rate belong together."""
     alpha: Alpha = 32.0
@@ -31,9 +33,10 @@ class Lora(Part):
     """DoRA: direction and length of each row of the weight are learnt apart. Slower; it is published and loaded by PEFT, but not blended or baked here."""
     freeze_a: bool = False
     """LoRA-FA: A stays as it was drawn and only B is learnt, which takes less memory."""
-    init: Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora"] = "kaiming"
-    """How A and B start; a fresh adapter changes nothing. pissa and olora start from the weight's own directions and take these out of the base
-    while training; the finished file (twice the rank) is for the untouched base."""
+    init: Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva", "corda", "lora_ga", "loftq"] = "kaiming"
+    """How A and B start. eva, corda and lora_ga look at up to 256 rows first: eva at what comes into a layer, corda at what matters of its weight for
+    that, lora_ga at its first gradient. pissa and olora start from the weight alone. loftq makes up for what 4 bits lose. All of these but eva save a
+    file of twice the rank, for the untouched base."""
     start: str | None = None
     """An adapter to go on from: its id in the library, or its folder. Its layers and ranks must fit; ranks above its own start afresh."""
 
@@ -43,7 +46,7 @@ class DyLora(Part):
     Valipour et al. 2022, arXiv 2210.07558."""
 
     kind: Literal["dylora"] = "dylora"
-    """The kind of adapter: lora, dylora, adalora, vera, loha, lokr, or miss."""
+    """The kind of adapter: lora, dylora, adalora, vera, loha, lokr, miss, oft, ia3, or full: none, the base itself learns."""
     rank: Rank = 16
     """The highest rank."""
     alpha: Alpha = 32.0
@@ -58,7 +61,7 @@ class AdaLora(Part):
     """AdaLoRA: starts with more rank than wanted and takes it away where it matters least. Zhang et al. 2023, arXiv 2303.10512."""
 
     kind: Literal["adalora"] = "adalora"
-    """The kind of adapter: lora, dylora, adalora, vera, loha, lokr, or miss."""
+    """The kind of adapter: lora, dylora, adalora, vera, loha, lokr, miss, oft, ia3, or full: none, the base itself learns."""
     rank: Rank = 8
     """The mean rank that is left at the end."""
     first_rank: Rank = 12
@@ -83,7 +86,7 @@ class Vera(Part):
     """VeRA: all layers share one random A and B, and only two vectors for each layer are learnt. Kopiczko et al. 2023, arXiv 2310.11454."""
 
     kind: Literal["vera"] = "vera"
-    """The kind of adapter: lora, dylora, adalora, vera, loha, lokr, or miss."""
+    """The kind of adapter: lora, dylora, adalora, vera, loha, lokr, miss, oft, ia3, or full: none, the base itself learns."""
     rank: Rank = 256
     """The rank of the shared matrices, which travel with the file. High ones are usual: they are not learnt."""
     dropout: Share = 0.0
@@ -98,7 +101,7 @@ class LoHa(Part):
     """LoHa: the entrywise product of two low-rank products, of rank up to rank². Hyeon-Woo et al. 2022, arXiv 2108.06098."""
 
     kind: Literal["loha"] = "loha"
-    """The kind of adapter: lora, dylora, adalora, vera, loha, lokr, or miss."""
+    """The kind of adapter: lora, dylora, adalora, vera, loha, lokr, miss, oft, ia3, or full: none, the base itself learns."""
     rank: Annotated[int, Field(ge=1, le=64)] = 8
     """The rank of each of the two products."""
     alpha: Alpha = 8.0
@@ -111,7 +114,7 @@ class LoKr(Part):
     """LoKr: a Kronecker product of a small matrix and a low-rank one; very small files. LyCORIS, arXiv 2309.14859."""
 
     kind: Literal["lokr"] = "lokr"
-    """The kind of adapter: lora, dylora, adalora, vera, loha, lokr, or miss."""
+    """The kind of adapter: lora, dylora, adalora, vera, loha, lokr, miss, oft, ia3, or full: none, the base itself learns."""
     rank: Annotated[int, Field(ge=1, le=4096)] = 8
     """The rank of the second factor."""
     alpha: Alpha = 8.0
@@ -126,7 +129,7 @@ class Miss(Part):
     """MiSS: one small block that is repeated along the row, with no second matrix. Kang and Yin 2024, arXiv 2409.15371."""
 
     kind: Literal["miss"] = "miss"
-    """The kind of adapter: lora, dylora, adalora, vera, loha, lokr, or miss."""
+    """The kind of adapter: lora, dylora, adalora, vera, loha, lokr, miss, oft, ia3, or full: none, the base itself learns."""
     rank: Rank = 64
     """The height of the block, and the rank of the update."""
     targets: Targets = "auto"
@@ -135,8 +138,52 @@ class Miss(Part):
     """Share of the adapter's input that is dropped while training."""
 
 
-Method = Annotated[Union[Lora, DyLora, AdaLora, Vera, LoHa, LoKr, Miss], Field(discriminator="kind")]
-KINDS = {option.model_fields["kind"].default: option for option in (Lora, DyLora, AdaLora, Vera, LoHa, LoKr, Miss)}
+class Oft(Part):
+    """OFT: what comes into a layer is rotated, W0·R, in square blocks that are learnt; angles and lengths stay. For language models. Qiu et al. 2023,
+    arXiv 2306.07280."""
+
+    kind: Literal["oft"] = "oft"
+    """The kind of adapter: lora, dylora, adalora, vera, loha, lokr, miss, oft, ia3, or full: none, the base itself learns."""
+    block: Annotated[int, Field(ge=2, le=1024)] = 32
+    """The side of a block. Where it does not divide the width of a layer, the nearest number that does is taken."""
+    targets: Targets = "auto"
+    """The layers that get an adapter, by the end of their name: [q_proj, v_proj]. auto takes all linear layers of the blocks."""
+
+
+class Ia3(Part):
+    """IA3: each output of a layer is multiplied by a learnt number; the smallest files of all, at rates about ten times higher. For language models.
+    Liu et al. 2022, arXiv 2205.05638."""
+
+    kind: Literal["ia3"] = "ia3"
+    """The kind of adapter: lora, dylora, adalora, vera, loha, lokr, miss, oft, ia3, or full: none, the base itself learns."""
+    targets: Targets = "auto"
+    """The layers that get an adapter, by the end of their name: [k_proj, v_proj, up_proj] are the paper's. auto takes all linear layers of the blocks."""
+
+
+class Full(Part):
+    """Full or partial fine-tuning: no adapter; the base's own weights learn, all or those of chosen layers. For small bases."""
+
+    kind: Literal["full"] = "full"
+    """The kind of adapter: lora, dylora, adalora, vera, loha, lokr, miss, oft, ia3, or full: none, the base itself learns."""
+    layers: Literal["all"] | list[str] = "all"
+    """What learns, by words of the names: [model.layers.2-3, lm_head], * for any one word. all takes every weight; with save lora every linear layer
+    of the blocks, which is what an adapter can carry."""
+    save: Literal["model", "lora"] = "model"
+    """What is left: a model of its own, or the difference to the base as a LoRA."""
+    rank: Rank = 16
+    """The rank of the LoRA that is taken out of the difference."""
+
+    @property
+    def targets(self) -> str:
+        """No adapter stands on any layer, so none is chosen."""
+        return "auto"
+
+
+Method = Annotated[Union[Lora, DyLora, AdaLora, Vera, LoHa, LoKr, Miss, Oft, Ia3, Full], Field(discriminator="kind")]
+KINDS = {option.model_fields["kind"].default: option for option in (Lora, DyLora, AdaLora, Vera, LoHa, LoKr, Miss, Oft, Ia3, Full)}
+FROM_SOMETHING = ("pissa", "olora", "corda", "lora_ga", "loftq")  # starts where B·A is not zero: what is saved is the difference
+EMBEDDED = ("embed", "wte", "lm_head", "shared")  # words of layers that no adapter carries which is taken out of a model
+MULTIPLYING = ("oft", "ia3")  # they are no sum with the base's weights
 WITH_B = ("lora", "dylora", "adalora")
 
 
@@ -157,12 +204,45 @@ def strength(method) -> float:
 def is_checkpoint_an_adapter(method) -> bool:
     """Whether the trainable parameters of a checkpoint are the adapter, with the finished one's configuration."""
     if method.kind == "lora":
-        return method.init not in ("pissa", "olora") and not method.freeze_a
+        return method.init not in FROM_SOMETHING and not method.freeze_a
     return method.kind in ("dylora", "loha", "lokr")
+
+
+def directions(method, out: int, width: int) -> float:
+    """How many directions the start of a method finds in a layer of that shape, where it does not draw them."""
+    init = getattr(method, "init", "")
+    if init in FROM_SOMETHING:
+        return min(out, width) // (2 if init == "lora_ga" else 1)
+    return width if init == "eva" else math.inf
+
+
+def precision(method, wanted: str) -> str:
+    """The precision of the base's numbers where `wanted` is compute.precision: those that learn themselves are kept in fp32, because a step of
+    theirs is often smaller than the gap between two numbers of bf16."""
+    return "fp32" if method.kind == "full" else wanted
+
+
+def learns(method: Full, name: str, shape) -> bool:
+    """Whether full fine-tuning changes the base's tensor of that name and shape. Raises BlendError when a pattern is none."""
+    layer, is_weight = name.removesuffix(".weight"), name.endswith(".weight")
+    carried = is_weight and len(shape) == 2 and min(shape) > 1 and not any(part in layer for part in EMBEDDED)
+    if method.save == "lora" and not carried:
+        return False
+    return method.layers == "all" or any(weights.means(pattern, layer) for pattern in method.layers)
+
+
+def learns_head(method) -> bool:
+    """Whether what the tokens are foretold by learns (or the embedding, which often is the same)."""
+    return method.kind == "full" and any(learns(method, name, (2, 2)) for name in ("lm_head.weight", "model.embed_tokens.weight"))
 
 
 def parameters(method, out: int, width: int) -> int:
     """How many numbers one layer of that shape learns."""
+    if method.kind == "ia3":
+        return out
+    if method.kind == "oft":
+        size = _nearest(width, method.block)
+        return width // size * (size * (size - 1) // 2)
     rank = method.rank
     if method.kind == "vera":
         return rank + out
@@ -176,6 +256,12 @@ def parameters(method, out: int, width: int) -> int:
         return method.first_rank * (out + width + 1)
     learnt = rank * (out if getattr(method, "freeze_a", False) else out + width)
     return learnt + (out if getattr(method, "dora", False) else 0)
+
+
+def _nearest(width: int, block: int) -> int:
+    """The number nearest to a block's side that divides a width, the smaller of two, as PEFT takes it."""
+    fits = [size for size in range(1, width + 1) if width % size == 0]
+    return min(fits, key=lambda size: (abs(size - block), size))
 
 
 def _lokr(rank: int, factor: int, out: int, width: int) -> int:

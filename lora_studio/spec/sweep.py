@@ -10,6 +10,7 @@ from lora_studio import problems, settings
 from lora_studio.errors import Problem, SpecError
 from lora_studio.spec import TrainSpec, to_tree
 from lora_studio.spec import parse as parse_run
+from lora_studio.spec.methods import FROM_SOMETHING
 from lora_studio.spec.tasks import Part
 
 MOST = 64  # adapters in one process
@@ -105,7 +106,7 @@ def variants(spec: SweepSpec) -> list[Variant]:
         except SpecError as error:
             wrong += [Problem(one.path, f"{words}: {one.sentence}") for one in error.problems]
             continue
-        wrong += [Problem(path, sentence) for path, sentence in _only_alone(run)]
+        wrong += [Problem(path, sentence) for path, sentence in only_alone(run)]
         made.append(Variant(number, changes, words, run))
     if wrong:
         raise SpecError("spec.problems", problems=list({(one.path, one.sentence): one for one in wrong}.values()))
@@ -136,14 +137,14 @@ def _refuse_paths(spec: SweepSpec) -> None:
             raise SpecError("sweep.fixed", path=path, known=", ".join(FREE))
 
 
-def _only_alone(run: TrainSpec):
+def only_alone(run: TrainSpec):
     """(path, sentence) of each setting that needs a run of its own."""
     if run.method.kind != "lora":
         yield "method.kind", f"A sweep trains adapters of kind lora, and method.kind is {run.method.kind}. Train it by itself."
-    elif run.method.init in ("pissa", "olora"):
+    elif run.method.init not in ("kaiming", "gaussian", "orthogonal"):
         yield (
             "method.init",
-            f"method.init {run.method.init} changes the base, which all adapters of a sweep share. Take kaiming, gaussian or orthogonal.",
+            f"method.init {run.method.init} {'changes' if run.method.init in FROM_SOMETHING else 'makes a pass of its own over'} the base, which all adapters of a sweep share. Take kaiming, gaussian or orthogonal.",
         )
     for path, what, fine in ONLY_ALONE:
         group, name = path.split(".")

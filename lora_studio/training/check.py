@@ -24,7 +24,7 @@ def check(spec: TrainSpec) -> dict:
             spec.schedule.batch_size, spec.schedule.accumulate, spec.compute.seed,
         )  # fmt: skip
         facts = {**encoded.facts, "steps": spec.schedule.steps or plan.steps(spec.schedule.epochs)}
-        facts["targets"] = info.targets(spec.method.targets)
+        facts["targets"] = [] if spec.method.kind == "full" else info.targets(spec.method.targets)
         if encoder.template is not None:
             facts["template"] = encoder.template.origin
         problems += [Problem("data", sentence, "warning") for sentence in encode.losses_in_words(encoded)]

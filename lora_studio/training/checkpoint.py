@@ -50,9 +50,11 @@ def write(folder: Path, parameters: dict[str, torch.Tensor], optimizer, state: S
 
 def files(parameters: dict[str, torch.Tensor], optimizer, state: State, more: dict[str, torch.Tensor] | None = None, prefix: str = "") -> dict[str, bytes]:
     """The files of a checkpoint. With a prefix, several adapters have theirs in one folder."""
-    tensors, plain = _flatten(optimizer.state_dict()["state"])
+    tensors, plain = _flatten(optim.state(optimizer))
+    with optim.averaged(optimizer):
+        adapter = _bytes(parameters)
     return {
-        f"{prefix}adapter.safetensors": _bytes(parameters),
+        f"{prefix}adapter.safetensors": adapter,
         f"{prefix}optimizer.safetensors": _bytes(tensors),
         f"{prefix}state.json": json.dumps({"run": asdict(state), "optimizer": plain, "groups": optim.kept(optimizer)}, sort_keys=True).encode(),
         **({prefix + METHOD: _bytes(more)} if more else {}),

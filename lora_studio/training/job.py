@@ -40,6 +40,7 @@ def train(folder: Path, desk: loop.Desk) -> None:
     method = METHODS[spec.method.kind]
     targets = task.parts(model)
     model = method.attach(model, starts.placed(spec, Workspace(folder.parent.parent)), targets)
+    method.begin(model, task, spec, folder, world)
     fast = task.prepare(model)
     trainer = loop.Trainer(task, method, model, spec, desk, folder / "checkpoints", world=world)
     trainer.at = replace(trainer.at, settings=to_tree(spec), prints=dict(task.prints))
@@ -69,6 +70,9 @@ def device_of(folder: Path) -> str:
 
 
 def _start_facts(trainer: loop.Trainer, task, targets: list[str], fast: str, device: str) -> dict:
+    own = {}
+    if trainer.spec.method.kind == "full":
+        own = {"targets": [], "words": f"Training on {device} in float32: {fast}. {len(trainer.parameters)} tensors of the base itself learn."}
     return {
         "steps": trainer.steps,
         "rows": sum(task.counts),
@@ -80,6 +84,7 @@ def _start_facts(trainer: loop.Trainer, task, targets: list[str], fast: str, dev
         "fast": fast,
         "unit": task.unit,
         "memory": loop.memory_used(device),
+        **own,
     }
 
 
@@ -106,21 +111,24 @@ def _go_on(trainer: loop.Trainer, folder: Path, note) -> None:
 
 
 def _conclude(folder: Path, desk: loop.Desk, trainer: loop.Trainer, outcome: loop.Outcome) -> None:
-    """Write the adapter, whole or not at all, and only then say so."""
-    at = outcome.at
+    """Write the adapter or the model, whole or not at all, and only then say so."""
+    at, place = outcome.at, trainer.method.place(trainer.spec)
     if outcome.saved:
         bad = [name for name, value in trainer.parameters.items() if not bool(torch.isfinite(value).all())]
         if bad:
             raise TrainingError("training.not_finite", what=bad[0], value="nan", step=at.step, good=at.step - 1, lr=trainer.spec.optim.lr)
         _judge_ranks(desk, trainer)
         files = {**trainer.method.finish(trainer.model, trainer.spec), **trainer.task.extras()}
-        durable.publish_folder(folder / "adapter", files)
-        what = f"adapter of step {at.best_step}, the best one" if outcome.best else "adapter"
+        durable.publish_folder(folder / place, files)
+        what = f"{place} of step {at.best_step}, the best one" if outcome.best else place
         desk.emit("saved", step=at.step, what=what)
     last = {"step": at.step, "steps": trainer.steps, "loss": at.best_loss if outcome.best else at.validation, "memory": loop.memory_used(loop.device_of(trainer.model))}
     if outcome.state == "done":
-        id = shelve(folder, trainer, outcome, folder / "adapter")
-        desk.emit("note", text=f"It is in the library as {id}.")
+        if place == "adapter":
+            desk.emit("note", text=f"It is in the library as {shelve(folder, trainer, outcome, folder / place)}.")
+        words = trainer.method.words(folder / place, trainer.spec)
+        if words:
+            desk.emit("note", text=words)
         desk.emit("done", **last, adapter_step=at.best_step if outcome.best else at.step, seconds=round(at.seconds, 1), reason=outcome.reason)
     else:
         kept = "saved" if outcome.saved else "nothing new was saved"

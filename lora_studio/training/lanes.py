@@ -105,7 +105,8 @@ class Lane(loop.Trainer):
         """Validate when it is time and keep the best weights; whether they are new. Raises TrainingError."""
         best = self._judge()
         if best and self.spec.validation.keep_best:
-            self.kept = {name: value.detach().clone() for name, value in self.parameters.items()}
+            with optim.averaged(self.optimizer):
+                self.kept = {name: value.detach().clone() for name, value in self.parameters.items()}
         self.show()
         return best
 

@@ -267,7 +267,8 @@ class Trainer:
     def evaluate(self) -> float:
         """The mean loss per unit over the held-out rows. Touches neither weights nor the draws of training."""
         self.model.eval()
-        loss = evaluate(self.task, self.model, batch_size=self.spec.schedule.batch_size, seed=self.spec.compute.seed)
+        with optim.averaged(self.optimizer):
+            loss = evaluate(self.task, self.model, batch_size=self.spec.schedule.batch_size, seed=self.spec.compute.seed)
         self.model.train()
         return loss
 
@@ -310,7 +311,9 @@ class Trainer:
         for number, prompt in enumerate(self.spec.output.sample_prompts):
             seed = key(self.spec.compute.seed, "sample", number)
             torch.manual_seed(seed)
-            self.desk.emit("sample", step=step, prompt=prompt, answer=self.task.sample(self.model, prompt, seed))
+            with optim.averaged(self.optimizer):
+                answer = self.task.sample(self.model, prompt, seed)
+            self.desk.emit("sample", step=step, prompt=prompt, answer=answer)
         self.model.train()
 
     def finish(self) -> Outcome:
@@ -321,6 +324,7 @@ class Trainer:
     def _finish(self, reason: str) -> Outcome:
         """The best weights where they are wanted."""
         wanted = self.spec.validation.keep_best and self.task.held_out and self.at.best_step not in (0, self.at.step)
+        optim.settle(self.optimizer)
         if wanted:
             self._load_best()
         return Outcome("done", True, self.at, best=bool(wanted), reason=reason)
@@ -337,6 +341,7 @@ class Trainer:
         save = bool(request.get("save", True))
         if save:
             self.save()
+        optim.settle(self.optimizer)
         return Outcome("stopped", save, self.at)
 
 

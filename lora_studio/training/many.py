@@ -208,10 +208,10 @@ def run(folder: Path, desk: loop.Desk) -> None:
     if team.run():
         conclude(folder, spec, team)
     else:
-        _stop(desk, team)
+        stop(desk, team)
 
 
-def _stop(desk: loop.Desk, team: Team) -> None:
+def stop(desk: loop.Desk, team: Team) -> None:
     """Someone asked to stop: save first where that was wanted. No adapter is finished."""
     save = bool((desk.asked("stop") or {}).get("save", True))
     if save:

@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import save
 
 from lora_studio import adapters
-from lora_studio.adapters import natives, pipeline_files
+from lora_studio.adapters import multiplying, natives, pipeline_files
 from lora_studio.adapters.files import NESTED, reheaded
 from lora_studio.errors import BaseModelError
 from lora_studio.spec import TrainSpec
-from lora_studio.training import adalora, dylora, optim, order, residual, starts, text_encoders
+from lora_studio.spec.methods import MULTIPLYING
+from lora_studio.training import adalora, dylora, first_look, full, optim, order, residual, starts, text_encoders
 
 ADAPTER = "default"
 
@@ -33,15 +34,17 @@ def _no_tensors(model) -> dict[str, torch.Tensor]:
 @dataclass(frozen=True)
 class Method:
     """`attach(model, spec, targets)` returns the model with a fresh adapter that changes nothing yet; `groups(model, spec)`
-    the parameter groups; `before_step` and `after_step(model, step, steps)` stand around each optimizer step, the gradients being there
+    the parameter groups; `begin(model, task, spec, folder, world)` sees the fresh one, with the task's rows, before anything is restored or made fast;
+    `before_step` and `after_step(model, step, steps)` stand around each optimizer step, the gradients being there
     in both the second and `penalty(model, spec)`, which is added to the loss or None, and `abandon` in place of the second where the step
     was broken off; `state(model)` and `restore(model, tensors)` are
     what a checkpoint keeps besides; `finish(model, spec)` gives the files of the finished adapter as {name: bytes}; `facts(model)` is told
-    of the finished adapter; `ranks(model)` are the ranks it also works at, and `at_rank(model, rank)` a context in which it does."""
+    of the finished adapter; `place(spec)` is the folder of the run that it goes to, and `words(folder, spec)` what to say of it, or ""; `ranks(model)` are the ranks it also works at, and `at_rank(model, rank)` a context in which it does."""
 
     attach: Callable
     groups: Callable
     finish: Callable
+    begin: Callable = _nothing
     before_step: Callable = _nothing
     after_step: Callable = _nothing
     abandon: Callable = _nothing
@@ -49,6 +52,8 @@ class Method:
     state: Callable = _no_tensors
     restore: Callable = _nothing
     facts: Callable = _no_tensors
+    place: Callable = lambda spec: "adapter"
+    words: Callable = lambda folder, spec: ""
     ranks: Callable = lambda model: ()
     at_rank: Callable = _nothing
 
@@ -57,8 +62,7 @@ class Method:
 
 
 def _lora(method, common: dict) -> peft.LoraConfig:
-    names = {"kaiming": True}
-    init = names.get(method.init, method.init)
+    init = True if method.init in ("kaiming", *first_look.KINDS) else method.init  # the latter are put in by first_look.py
     return peft.LoraConfig(r=method.rank, lora_alpha=method.alpha, lora_dropout=method.dropout, use_rslora=method.rslora, use_dora=method.dora, init_lora_weights=init, **common)
 
 
@@ -89,7 +93,16 @@ def _miss(method, common: dict) -> peft.MissConfig:
     return peft.MissConfig(r=method.rank, miss_dropout=method.dropout, **common)
 
 
-CONFIGS = {"lora": _lora, "dylora": _dylora, "adalora": _adalora, "vera": _vera, "loha": _loha, "lokr": _lokr, "miss": _miss}
+def _oft(method, common: dict) -> peft.OFTConfig:
+    # Cayley's own formula: PEFT's default is a series of it, which is no rotation once Q is large.
+    return peft.OFTConfig(r=0, oft_block_size=method.block, use_cayley_neumann=False, **common)
+
+
+def _ia3(method, common: dict) -> peft.IA3Config:
+    return peft.IA3Config(feedforward_modules=[], **common)
+
+
+CONFIGS = {"lora": _lora, "dylora": _dylora, "adalora": _adalora, "vera": _vera, "loha": _loha, "lokr": _lokr, "miss": _miss, "oft": _oft, "ia3": _ia3}
 
 
 def attach_peft(model: torch.nn.Module, spec: TrainSpec, targets: list[str]) -> torch.nn.Module:
@@ -157,7 +170,7 @@ def finish_peft(model: torch.nn.Module, spec: TrainSpec, adapter: str = ADAPTER)
         tensors, config = residual.for_the_untouched_base(model, tensors, config)
     if spec.method.kind == "adalora":
         tensors, config = adalora.as_lora(tensors, config)
-    more = _widths(main) if spec.method.kind in ("vera", "miss") else {NESTED: "true"} if spec.method.kind == "dylora" else {}
+    more = _widths(main, spec.method.kind) if spec.method.kind in ("vera", "miss", "oft", "ia3") else {NESTED: "true"} if spec.method.kind == "dylora" else {}
     files = {
         adapters.WEIGHTS: reheaded(save({name: tensor.contiguous() for name, tensor in tensors.items()}), metadata=more),
         adapters.CONFIG: (json.dumps(config, indent=2, sort_keys=True, default=_plain) + "\n").encode(),
@@ -176,11 +189,13 @@ def _state(model: peft.PeftModel, adapter: str = ADAPTER) -> dict[str, torch.Ten
     return peft.get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
 
 
-def _widths(model: peft.PeftModel) -> dict[str, str]:
-    """How many inputs each adapted layer has; the tensors do not say."""
+def _widths(model: peft.PeftModel, kind: str) -> dict[str, str]:
+    """How many inputs each adapted layer has, of methods that multiply also how many outputs; the tensors do not say."""
     base = model.get_base_model()
-    layers = {name: layer.get_base_layer().in_features for name, layer in base.named_modules() if isinstance(layer, peft.tuners.tuners_utils.BaseTunerLayer)}
-    return {natives.WIDTHS: json.dumps(layers, sort_keys=True)}
+    layers = {name: layer.get_base_layer() for name, layer in base.named_modules() if isinstance(layer, peft.tuners.tuners_utils.BaseTunerLayer)}
+    if kind in MULTIPLYING:
+        return {multiplying.SHAPES: json.dumps({name: [layer.out_features, layer.in_features] for name, layer in layers.items()}, sort_keys=True)}
+    return {natives.WIDTHS: json.dumps({name: layer.in_features for name, layer in layers.items()}, sort_keys=True)}
 
 
 def _plain(value):
@@ -191,7 +206,7 @@ def _plain(value):
 def _attach_lora(model: torch.nn.Module, spec: TrainSpec, targets: list[str]) -> torch.nn.Module:
     wrapped = attach_peft(model, spec, targets)
     if residual.is_one(spec):
-        residual.remember(wrapped)
+        residual.remember(wrapped)  # of those that look at the rows first, again then
     return wrapped
 
 
@@ -205,7 +220,7 @@ def _attach_dylora(model: torch.nn.Module, spec: TrainSpec, targets: list[str]) 
 
 PLAIN = {"groups": group_parameters, "finish": finish_peft}
 METHODS = {
-    "lora": Method(_attach_lora, **PLAIN),
+    "lora": Method(_attach_lora, **PLAIN, begin=first_look.begin),
     "dylora": Method(_attach_dylora, **PLAIN, before_step=dylora.narrow, after_step=dylora.widen, abandon=dylora.widen, ranks=dylora.ranks, at_rank=dylora.at_rank),
     "adalora": Method(
         _attach_adalora, **PLAIN, after_step=adalora.allocate, penalty=adalora.penalty, state=adalora.state, restore=adalora.restore, facts=adalora.facts
@@ -214,4 +229,7 @@ METHODS = {
     "loha": Method(attach_peft, **PLAIN),
     "lokr": Method(attach_peft, **PLAIN),
     "miss": Method(attach_peft, **PLAIN),
+    "oft": Method(attach_peft, **PLAIN),
+    "ia3": Method(attach_peft, **PLAIN),
+    "full": Method(full.attach, group_parameters, full.finish, place=full.place, words=full.words),
 }

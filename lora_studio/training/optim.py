@@ -17,13 +17,13 @@ ROLES = (
     ("B", re.compile(r"\.lora_B\b")),
     ("magnitude", re.compile(r"\.lora_magnitude_vector\b")),
     ("A", re.compile(r"\.lora_A\b")),
-    ("vector", re.compile(r"\.(lora_E|vera_lambda_[bd])\b")),
-    ("factor", re.compile(r"\.(hada_\w+|lokr_\w+|miss_block)\b")),
+    ("vector", re.compile(r"\.(lora_E|vera_lambda_[bd]|ia3_l)\b")),
+    ("factor", re.compile(r"\.(hada_\w+|lokr_\w+|miss_block|oft_R)\b")),
 )
 
 
 def role(name: str) -> str:
-    """A, B, embedding, magnitude, vector (AdaLoRA's and VeRA's), factor (of other products), or other (heads, biases, what is saved beside the adapter)."""
+    """A, B, embedding, magnitude, vector (AdaLoRA's, VeRA's and IA3's), factor (of other products), or other (heads, biases, what is saved beside the adapter)."""
     return next((found for found, pattern in ROLES if pattern.search(name)), "other")
 
 
@@ -86,6 +86,15 @@ def _prodigy(groups: list[dict], optim: Optim):
         return Prodigy(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), weight_decay=optim.weight_decay, safeguard_warmup=True)
 
 
+def _schedule_free(groups: list[dict], optim: Optim):
+    """Defazio et al. 2024, arXiv 2405.15682. It steps from y and is judged, shown and saved at x, the running average: see `averaged`."""
+    from schedulefree import AdamWScheduleFree
+
+    made = AdamWScheduleFree(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), weight_decay=optim.weight_decay)
+    made.train()
+    return made
+
+
 def _adafactor(groups: list[dict], optim: Optim):
     return torch.optim.Adafactor(groups, lr=optim.lr)
 
@@ -97,9 +106,10 @@ def _sgd(groups: list[dict], optim: Optim):
 OPTIMIZERS = {
     "adamw": _adamw, "adamw_8bit": _bitsandbytes("AdamW8bit"), "paged_adamw_8bit": _bitsandbytes("PagedAdamW8bit"), "lion": _bitsandbytes("Lion"),
     "lion_8bit": _bitsandbytes("Lion8bit"), "muon": _muon, "prodigy": _prodigy, "adafactor": _adafactor, "sgd": _sgd,
+    "adamw_schedule_free": _schedule_free,
 }  # fmt: skip
 # What an optimizer keeps in its groups while it works; the rest of a group is settings.
-KEPT = ("d", "d_max", "d_numerator", "k")
+KEPT = ("d", "d_max", "d_numerator", "k", "weight_sum", "lr_max", "train_mode")
 
 
 def build(parameters, optim: Optim) -> torch.optim.Optimizer:
@@ -108,14 +118,57 @@ def build(parameters, optim: Optim) -> torch.optim.Optimizer:
 
 
 def kept(optimizer: torch.optim.Optimizer) -> list[dict[str, float]]:
-    """The numbers an optimizer keeps in its groups (Prodigy's), for a checkpoint."""
+    """The numbers an optimizer keeps in its groups (Prodigy's, and schedule-free ones'), for a checkpoint."""
     return [{name: float(group[name]) for name in KEPT if name in group} for group in optimizer.param_groups]
 
 
 def put_back(optimizer: torch.optim.Optimizer, found: list[dict[str, float]]) -> None:
-    """Put them back."""
+    """Put them back, and the parameters to where a step starts from."""
     for group, numbers in zip(optimizer.param_groups, found):
-        group.update({name: int(value) if name == "k" else value for name, value in numbers.items()})
+        group.update({name: int(value) if name in ("k", "train_mode") else value for name, value in numbers.items()})
+    with torch.no_grad():
+        for parameter, entry in optimizer.state.items():
+            if "y" in entry:
+                parameter.copy_(entry.pop("y"))
+
+
+def state(optimizer: torch.optim.Optimizer) -> dict[int, dict]:
+    """What an optimizer keeps of each parameter, for a checkpoint; of a schedule-free one also y, because the checkpoint's adapter is x."""
+    found = optimizer.state_dict()["state"]
+    if not _steps_elsewhere(optimizer):
+        return found
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return {number: {**entry, "y": parameters[number].detach()} for number, entry in found.items()}
+
+
+def _steps_elsewhere(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the parameters are where the next step starts from, and not what is judged and saved."""
+    return bool(optimizer.param_groups[0].get("train_mode"))
+
+
+@contextlib.contextmanager
+def averaged(optimizer: torch.optim.Optimizer):
+    """A while in which the parameters are what is judged, shown and saved. Afterwards they are what they were to the bit, which the
+    package's own way back is not: otherwise whoever asks for a sample would change the run."""
+    if not _steps_elsewhere(optimizer):
+        yield
+        return
+    before = [(parameter, parameter.detach().clone()) for group in optimizer.param_groups for parameter in group["params"]]
+    optimizer.eval()
+    try:
+        yield
+    finally:
+        for group in optimizer.param_groups:
+            group["train_mode"] = True
+        with torch.no_grad():
+            for parameter, y in before:
+                parameter.copy_(y)
+
+
+def settle(optimizer: torch.optim.Optimizer) -> None:
+    """The last step is made: the parameters stay what is judged and saved."""
+    if _steps_elsewhere(optimizer):
+        optimizer.eval()
 
 
 def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> dict[str, float]:

@@ -11,7 +11,7 @@ import transformers
 
 from lora_studio import bases, rows
 from lora_studio.errors import BaseModelError, MachineError
-from lora_studio.spec import TrainSpec
+from lora_studio.spec import TrainSpec, methods
 from lora_studio.training import encode, fused, order, packed, quantized
 from lora_studio.training.encode import Example, first_line
 from lora_studio.training.loop import Pass
@@ -39,7 +39,7 @@ class TextTask:
 
     def __init__(self, spec: TrainSpec, *, device: str, note: Callable[[str], None], folder: Path | None = None):
         self.spec, self.device, self.note = spec, torch.device(device), note
-        self.dtype = choose_dtype(spec.compute.precision, device)
+        self.dtype = choose_dtype(methods.precision(spec.method, spec.compute.precision), device)
         self.fast = False
         if self.device.type == "cpu":
             fused.keep_memory()

@@ -5,44 +5,43 @@ import os
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
-import shutil
-import tempfile
-import threading
-import time
-from pathlib import Path
-
 import gradio as gr
-from starlette.background import BackgroundTask
 from starlette.middleware import Middleware
-from starlette.responses import FileResponse, PlainTextResponse, Response
 
-from lora_studio import albums, exports, shelf, studio
-from lora_studio.errors import StudioError
-from lora_studio.ui import guard, theme
+from lora_studio import fence, shelf, studio
+from lora_studio.hosting import Hosting
+from lora_studio.hosting import of as how_open
+from lora_studio.ui import guard, routes, theme
+from lora_studio.ui.account import Account
 from lora_studio.ui.blend import Blend
+from lora_studio.ui.door import Door
 from lora_studio.ui.how import How
 from lora_studio.ui.library import Library
 from lora_studio.ui.pictures import Pictures
 from lora_studio.ui.playground import Playground
 from lora_studio.ui.publish import Publish
+from lora_studio.ui.pump import Pump
 from lora_studio.ui.runs import Runs
+from lora_studio.ui.seat import WORKSPACE, Seats, asking
+from lora_studio.ui.sign_in import SignIn
 from lora_studio.ui.train import Train
+from lora_studio.ui.versus import Versus
 from lora_studio.workspace import Workspace, local
 
-PUMP_SECONDS = 2.0
-PAGES = {"train": Train, "pictures": Pictures, "runs": Runs, "library": Library, "blend": Blend, "playground": Playground, "publish": Publish, "how": How}
+PAGES = {"train": Train, "pictures": Pictures, "runs": Runs, "library": Library, "blend": Blend, "playground": Playground, "publish": Publish, "versus": Versus, "how": How}
 # Tabs say that they were selected while the page loads too; the address follows only once it has been read.
 ADDRESS = "() => { if(!window.studioIsReady) return; const url = new URL(location); url.searchParams.set('tab', '%s'); history.replaceState(null, '', url); }"
 QUIET = {"show_progress": "hidden", "api_visibility": "private"}
 
 
-def build(workspace: Workspace | None = None) -> gr.Blocks:
-    """The studio's pages over a workspace."""
-    workspace = workspace or local()
-    found = {name: kind(workspace) for name, kind in PAGES.items()}
+def build(seats: Workspace | Seats | None = None, hosting: Hosting | None = None) -> gr.Blocks:
+    """The studio's pages over a workspace, or over that of whoever asks."""
+    seats = seats or local()
+    found = {name: kind(seats) for name, kind in PAGES.items()}
     by_name = {}
     with gr.Blocks(title="LoRA Studio", fill_width=True, delete_cache=(3600, 86400)) as pages:
         gr.HTML(studio.hardware(), html_template=theme.BRAND, css_template=theme.BRAND_CSS, elem_classes="flush")
+        Account(seats, hosting or Hosting()).build(pages)
         with gr.Tabs(selected="train", overflow_behavior="menu") as tabs:
             for name, page in found.items():
                 with gr.Tab(getattr(page, "title", name.capitalize()), id=name) as by_name[name]:
@@ -65,6 +64,7 @@ def _connect_pages(tabs: gr.Tabs, by_name: dict, found: dict) -> None:
     found["blend"].connect(tabs, found["playground"], library, publish)
     found["playground"].connect(tabs, found["blend"])
     publish.connect(by_name["publish"])
+    found["versus"].connect(by_name["versus"])
 
 
 def _opened(run: Runs, id: str | None) -> list:
@@ -86,28 +86,41 @@ def _connect_tabs(pages: gr.Blocks, tabs: gr.Tabs, by_name: dict, found: dict) -
             return [gr.skip()] * len(outputs)
         shown = library.open(adapter) if adapter else [gr.skip()] * len(library.opened)
         shown += pictures.open(album) if album or tab == "pictures" else [gr.skip()] * len(pictures.opened)
-        return [gr.Tabs(selected=tab), gr.Timer(active=tab == "runs"), *run.open(id), *shown]
+        return [gr.Tabs(selected=tab), gr.Timer(active=tab == "runs"), *run.land(id), *shown]
 
     outputs = [tabs, run.timer, *run.opened, *library.opened, *pictures.opened]
     pages.load(route, None, outputs, **QUIET).then(None, None, None, js="() => { window.studioIsReady = true; }", **QUIET)
     for name, tab in by_name.items():
         tab.select(None, None, None, js=ADDRESS % name, api_visibility="private")
         tab.select(lambda name=name: gr.Timer(active=name == "runs"), None, run.timer, queue=False, **QUIET)
-    by_name["runs"].select(lambda id, asking: run.open(id) if id is None else [gr.skip()] * 5 + run.refresh(id, asking), [run.chosen, run.asking], run.opened, **QUIET)
+    by_name["runs"].select(lambda id, asking: run.land(id) if id is None else [gr.skip()] * 5 + run.refresh_quietly(id, asking), [run.chosen, run.asking], run.opened, **QUIET)
     by_name["pictures"].select(pictures.fresh, [*pictures.asked, pictures.revision], pictures.opened, **QUIET)
     by_name["library"].select(library.search, [*library.asked, library.chosen], library.listed, **QUIET)
 
 
 def serve(*, host: str = "127.0.0.1", port: int = 7860, block: bool = True):
-    """Serve the studio. Anything but a loopback address is for networks you trust: there is no sign-in yet."""
-    workspace = local()
+    """Serve the studio as its environment says (see hosting.py): on loopback to the person at this machine, elsewhere to those who sign in.
+    Raises HostError for settings that do not go together."""
+    hosting = how_open(os.environ, host=host)
+    own, seats = local(), Seats(local() if hosting.kind == "local" else None)
     # Uploads pass through here; Gradio's own default is one folder for everybody on the machine.
-    os.environ.setdefault("GRADIO_TEMP_DIR", str(workspace.root / "gradio"))
-    pages = build(workspace)
-    hosts = guard.LOOPBACK if host in guard.LOOPBACK else ()
-    studio.pump()
-    threading.Thread(target=_pump_forever, daemon=True, name="pump").start()
+    os.environ.setdefault("GRADIO_TEMP_DIR", str(own.root / "gradio"))
+    uploads = os.environ["GRADIO_TEMP_DIR"] = os.path.realpath(os.environ["GRADIO_TEMP_DIR"])
+    if hosting.kind == "visitors":
+        # Nobody's downloads, and nobody's runs, speak with the owner's login.
+        os.environ["HF_HUB_DISABLE_IMPLICIT_TOKEN"] = "1"
+        os.environ.pop("HF_TOKEN", None)
+        fence.watch(lambda: asking().get(WORKSPACE))
+    pump = Pump(hosting)
+    pages = build(seats, hosting)
+    pages.pump = pump
+    pump.start()
     pages.queue(max_size=200, default_concurrency_limit=4)
+    os.environ.pop("GRADIO_DEBUG", None)  # with it Gradio waits inside launch, and what comes after never does
+    middleware = [
+        Middleware(guard.SameOrigin, hosts=hosting.hosts, public=hosting.public),
+        Middleware(Door, hosting=hosting, signs=SignIn(hosting), uploads=uploads, shared=lambda: shelf.published(own)),
+    ]
     app, _, _ = pages.launch(
         server_name=host,
         server_port=port,
@@ -122,48 +135,11 @@ def serve(*, host: str = "127.0.0.1", port: int = 7860, block: bool = True):
         theme=theme.theme(),
         css=theme.CSS,
         prevent_thread_lock=True,
-        app_kwargs={"middleware": [Middleware(guard.SameOrigin, hosts=hosts)], "openapi_url": None},
+        app_kwargs={"middleware": middleware, "openapi_url": None},
     )
-    app.add_api_route("/studio/adapter/{id}", lambda id: _download(lambda place: studio.adapter_archive(workspace, id, place)), methods=["GET"])
-    app.add_api_route("/studio/library/{id}", lambda id: _download(lambda place: shelf.archive(workspace, id, place)), methods=["GET"])
-    app.add_api_route("/studio/sample/{id}/{name}", lambda id, name: _picture(lambda: studio.sample(workspace, id, name)), methods=["GET"])
-    app.add_api_route("/studio/picture/{name}", lambda name: _picture(lambda: studio.picture(workspace, name)), methods=["GET"])
-    app.add_api_route("/studio/album/{album}/{name:path}", lambda album, name, size="small": _picture(lambda: albums.thumbnail(workspace, album, name, size), "image/jpeg"), methods=["GET"])
-    app.add_api_route("/studio/export/{token}/{name}", lambda token, name: _exported(workspace, token, name), methods=["GET"])
+    routes.add_to(app, seats)
+    if hosting.password_is_made:
+        print(f"Whoever comes from outside signs in with the password {hosting.password} (set LORA_STUDIO_PASSWORD for one of your own).", flush=True)
     if block:
         pages.block_thread()
     return pages
-
-
-def _download(pack) -> Response:
-    """What `pack` writes into a folder, as a .zip that is gone once it was sent; what is not there is not found."""
-    place = Path(tempfile.mkdtemp(prefix="lora-studio-"))
-    try:
-        archive = pack(place)
-    except StudioError as error:
-        shutil.rmtree(place, ignore_errors=True)
-        return PlainTextResponse(str(error), status_code=404)
-    return FileResponse(archive, filename=archive.name, media_type="application/zip", background=BackgroundTask(shutil.rmtree, place, True))
-
-
-def _exported(workspace: Workspace, token: str, name: str) -> Response:
-    """An exported file; one that is not there (any more) is not found."""
-    try:
-        return FileResponse(exports.file(workspace, token, name), filename=name, media_type="application/octet-stream")
-    except StudioError as error:
-        return PlainTextResponse(str(error), status_code=404)
-
-
-def _picture(find, kind: str = "image/png") -> Response:
-    """A picture, which never changes under its name."""
-    try:
-        return FileResponse(find(), media_type=kind, headers={"Cache-Control": "private, max-age=86400, immutable"})
-    except StudioError as error:
-        return PlainTextResponse(str(error), status_code=404)
-
-
-def _pump_forever() -> None:
-    """Start what waits, every other second; the runs themselves do not need the server."""
-    while True:
-        time.sleep(PUMP_SECONDS)
-        studio.pump()

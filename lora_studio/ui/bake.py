@@ -9,12 +9,13 @@ from lora_studio.errors import BlendError, StudioError
 from lora_studio.ui import theme
 from lora_studio.ui.merge import in_full, way
 from lora_studio.ui.mix import QUIET
+from lora_studio.ui.seat import Seated
 from lora_studio.workspace import Workspace
 
 PRECISIONS = [("as the base has it", ""), ("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "fp32")]
 
 
-class Bake:
+class Bake(Seated):
     """A part of the Blend page; the mix is the page's own."""
 
     def __init__(self, workspace: Workspace):

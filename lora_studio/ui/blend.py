@@ -27,13 +27,14 @@ from lora_studio.ui.layers import Layers
 from lora_studio.ui.merge import Merge
 from lora_studio.ui.mix import LIVE, QUIET, Mix, tab_of
 from lora_studio.ui.search import Search
+from lora_studio.ui.seat import Seated
 from lora_studio.ui.tryout import Tryout
 from lora_studio.workspace import Workspace
 
 HINT = "Pick adapters on the left. Their sizes, how alike they are, and the error of every rank appear here."
 
 
-class Blend:
+class Blend(Seated):
     """The page's parts, and what they do."""
 
     def __init__(self, workspace: Workspace):

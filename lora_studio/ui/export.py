@@ -8,6 +8,7 @@ from lora_studio import exports
 from lora_studio.errors import StudioError
 from lora_studio.ui import theme
 from lora_studio.ui.mix import QUIET
+from lora_studio.ui.seat import Seated
 from lora_studio.workspace import Workspace
 
 LABELS = {
@@ -16,7 +17,7 @@ LABELS = {
 }  # fmt: skip
 
 
-class Export:
+class Export(Seated):
     """A part of a page; what it exports is in a state of that page: an id, or {id, ...}."""
 
     def __init__(self, workspace: Workspace, name: str):

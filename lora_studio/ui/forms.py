@@ -106,9 +106,9 @@ def read(found: Leaf, shown):
     text = (shown or "").strip() if isinstance(shown, str | None) else str(shown)
     if found.type == list[str]:
         return [line.strip() for line in text.splitlines() if line.strip()]
-    if found.default == "auto" and text in ("", "auto"):
-        return "auto"
-    if found.path == "method.targets" or get_origin(found.type) is list:
+    if found.default in ("auto", "all") and text in ("", found.default):
+        return found.default
+    if found.path in ("method.targets", "method.layers") or get_origin(found.type) is list:
         return [name.strip() for name in text.strip("[]").split(",") if name.strip()]
     if found.path == "name":
         return shown or ""

@@ -2,6 +2,7 @@
 
 import json
 import secrets
+from collections.abc import Callable
 from urllib.parse import quote
 
 import gradio as gr
@@ -108,8 +109,8 @@ watch('value', () => setTimeout(fresh, 0)); fresh();
 class Gallery(theme.Shown):
     """Pictures and captions. Value: {album, items: [{name, text, small, large, chosen}], chosen: [name], none, turn}."""
 
-    def __init__(self, value=None, *, workspace: Workspace | None = None, **options):
-        functions = [saver(workspace)] if workspace else None
+    def __init__(self, value=None, *, seats: Callable[[], Workspace] | None = None, **options):
+        functions = [saver(seats)] if seats else None
         options = {"elem_classes": "flush", **options}
         super().__init__(value or empty(), html_template=TEMPLATE, css_template=CSS, js_on_load=SCRIPT, server_functions=functions, **options)
 
@@ -133,14 +134,15 @@ def _item(view: albums.View, name: str, chosen: set[str]) -> dict:
     }  # fmt: skip
 
 
-def saver(workspace: Workspace):
-    """The function by which the page saves one caption."""
+def saver(seats: Callable[[], Workspace]):
+    """The function by which the page of who asks saves one caption."""
 
     def save(asked) -> str:
         """[album, picture, text, the text that was there] to {text} as it is on disk now and the album's revision before and after,
         or to {sentence, now}."""
         try:
             album, name, text, seen = (str(part) for part in asked)
+            workspace = seats()
             before = albums.view(workspace, album).revision
             albums.write(workspace, album, {name: text}, seen={name: seen})
             view = albums.view(workspace, album)

@@ -11,6 +11,7 @@ from lora_studio import grids
 from lora_studio.errors import StudioError
 from lora_studio.ui import theme
 from lora_studio.ui.mix import LIVE, QUIET, whole
+from lora_studio.ui.seat import Seated
 from lora_studio.workspace import Workspace
 
 TEMPLATE = """{{#if value.blocks}}<div class="grid" aria-busy="{{value.busy}}">{{#each value.blocks}}<section><h4>{{prompt}}</h4><div class="frame"><table><thead><tr><th></th>{{#each columns}}<th scope="col">{{label}}</th>{{/each}}</tr></thead><tbody>
@@ -33,7 +34,7 @@ EMPTY = {"busy": "false", "blocks": [], "file": "", "name": ""}
 EVERY_SECONDS = 0.3
 
 
-class Grid:
+class Grid(Seated):
     """A part of the Playground page; the mix, the base and the brush are the page's own."""
 
     def __init__(self, workspace: Workspace):

@@ -2,16 +2,18 @@
 
 from urllib.parse import urlsplit
 
+from lora_studio.hosting import LOOPBACK
+
 SAFE = ("GET", "HEAD", "OPTIONS")
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 REFUSAL = "This request did not come from the studio's own page, so it was refused."
 
 
 class SameOrigin:
-    """ASGI middleware. `hosts` are the names under which the server may be addressed; empty accepts any name."""
+    """ASGI middleware. `hosts` are the names under which the server may be addressed; empty accepts any name. `public` are names that its
+    own pages come from where something stands before it that calls it by another."""
 
-    def __init__(self, app, hosts: tuple[str, ...] = LOOPBACK):
-        self.app, self.hosts = app, {host.lower() for host in hosts}
+    def __init__(self, app, hosts: tuple[str, ...] = LOOPBACK, public: tuple[str, ...] = ()):
+        self.app, self.hosts, self.public = app, {host if host in LOOPBACK else _name(host) for host in hosts}, {host.lower() for host in public}
 
     async def __call__(self, scope, receive, send):
         if scope["type"] == "http" and not self._may(scope):
@@ -29,7 +31,7 @@ class SameOrigin:
             return True
         origin = headers.get("origin")
         if origin is not None:
-            return urlsplit(origin).netloc.lower() == host.lower()
+            return urlsplit(origin).netloc.lower() in {host.lower(), *self.public}
         # A browser that sends no Origin still says where the request comes from; programs send neither.
         return headers.get("sec-fetch-site", "none") in ("same-origin", "none")
 

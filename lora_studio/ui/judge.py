@@ -10,13 +10,14 @@ from lora_studio.errors import BlendError, StudioError
 from lora_studio.ui import theme
 from lora_studio.ui.conflict_map import ConflictMap
 from lora_studio.ui.mix import LIVE, QUIET, Mix
+from lora_studio.ui.seat import Seated
 from lora_studio.workspace import Workspace
 
 STALE = theme.said("note", "The mix has changed since. Compare again for the map of what it is now.")
 ONES, TWOS = ("norm", "effective_rank"), ("cosine", "conflict")
 
 
-class Judge:
+class Judge(Seated):
     """A part of the Blend page; the mix and the weights by block are the page's own."""
 
     def __init__(self, workspace: Workspace):

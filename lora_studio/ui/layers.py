@@ -10,6 +10,7 @@ from lora_studio import library, shelf, weights
 from lora_studio.errors import BlendError, StudioError
 from lora_studio.ui import theme
 from lora_studio.ui.mix import LEAST, LIVE, MOST, QUIET, Mix
+from lora_studio.ui.seat import Seated
 from lora_studio.workspace import Workspace
 
 GRID = """<p class="none" hidden>Pick adapters first. Their blocks appear here.</p><div class="blocks" role="group"></div>"""
@@ -71,7 +72,7 @@ class BlockGrid(gr.HTML):
         return {"type": "string"}
 
 
-class Layers:
+class Layers(Seated):
     """A part of the Blend page; the mix is the page's own. The lines of patterns are the truth, the boxes show what they say of blocks."""
 
     def __init__(self, workspace: Workspace):

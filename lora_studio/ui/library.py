@@ -9,6 +9,7 @@ from lora_studio.errors import StudioError
 from lora_studio.ui import theme, tree
 from lora_studio.ui.export import Export
 from lora_studio.ui.numbers import Numbers
+from lora_studio.ui.seat import Seated, token_of
 from lora_studio.workspace import Workspace
 
 QUIET = {"show_progress": "hidden", "api_visibility": "private"}
@@ -49,7 +50,7 @@ element.addEventListener('click', event => { const link = event.target.closest('
 """
 
 
-class Library:
+class Library(Seated):
     """The page's parts, and what they do."""
 
     def __init__(self, workspace: Workspace):
@@ -264,6 +265,7 @@ class Library:
     def check(self, id: str) -> list:
         """Read every byte again."""
         try:
+            library.card(self.workspace, id)  # says so where nothing was chosen
             damage = library.verify(self.workspace, id)[id]
         except StudioError as error:
             return self.show(None, theme.said("error", str(error)))
@@ -298,7 +300,7 @@ class Library:
             if files:
                 id = shelf.import_files(self.workspace, [shelf.Path(file) for file in files], **known)
             elif (source or "").strip():
-                id = shelf.import_adapter(self.workspace, source.strip(), revision=(revision or "").strip() or None, token=token or None, **known)
+                id = shelf.import_adapter(self.workspace, source.strip(), revision=(revision or "").strip() or None, token=token_of(token), **known)
             else:
                 yield [[theme.said("error", "Nothing was given. Give a folder, a file or a Hub repository, or upload the files.")], *stay]
                 return
@@ -317,7 +319,7 @@ def choices(values: list[str]) -> dict:
 def entry(item: library.Item, chosen: str | None) -> dict:
     """An adapter in the list."""
     return {
-        "id": item.id, "name": item.name, "base": item.base, "method": f"{item.method} r{item.rank} · {item.bytes / 1e6:.2f} MB", "damage": bool(item.damage),
+        "id": item.id, "name": item.name, "base": item.base, "method": f"{item.method}{f' r{item.rank}' if item.rank else ''} · {item.bytes / 1e6:.2f} MB", "damage": bool(item.damage),
         "tags": list(item.tags[:6]), "favourite": item.favourite, "when": time.strftime("%d %b %Y, %H:%M", time.localtime(item.created)),
         "chosen": "true" if item.id == chosen else "false",
     }  # fmt: skip
@@ -325,12 +327,13 @@ def entry(item: library.Item, chosen: str | None) -> dict:
 
 def rows_of(card: dict) -> list[dict]:
     """What is known of an adapter, in the order in which it is asked for."""
+    rank = f", rank {card['rank']}" if card["rank"] else ""
     alpha = "" if card["alpha"] is None else f", alpha {card['alpha']:g}"
     data, recipe = card["data"] or {}, card["recipe"] or {}
     loss = recipe.get("loss")
     found = [
         ("base", card["base"] + (f" @ {card['base_revision'][:12]}" if card["base_revision"] else "")),
-        ("method", f"{'rank-stabilised ' if card['rslora'] else ''}{card['method']}, rank {card['rank']}{alpha}"),
+        ("method", f"{'rank-stabilised ' if card['rslora'] else ''}{card['method']}{rank}{alpha}"),
         ("size", f"{card['bytes'] / 1e6:.2f} MB, {card['parameters']:,} parameters in {card['layers']} layers"),
         ("targets", ", ".join(map(str, card["targets"]))),
         ("measured", ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in card["metrics"].items() if isinstance(value, int | float))),

@@ -6,6 +6,7 @@ from lora_studio import merges
 from lora_studio.errors import AdapterError, BlendError, StudioError
 from lora_studio.ui import theme
 from lora_studio.ui.mix import QUIET
+from lora_studio.ui.seat import Seated
 from lora_studio.workspace import Workspace
 
 WAYS = [
@@ -18,7 +19,7 @@ WAYS = [
 FULL = ("ties", "dare", "della", "magnitude", "breadcrumbs")  # their result has full rank
 
 
-class Merge:
+class Merge(Seated):
     """A part of the Blend page; the mix is the page's own."""
 
     def __init__(self, workspace: Workspace):

@@ -8,6 +8,7 @@ import gradio as gr
 from lora_studio import library
 from lora_studio.errors import AdapterError, BlendError
 from lora_studio.ui import theme
+from lora_studio.ui.seat import Seated
 from lora_studio.weights import Weight as Weighed
 from lora_studio.workspace import Workspace
 
@@ -34,7 +35,7 @@ class Weight(gr.Slider):
         return payload
 
 
-class Mix:
+class Mix(Seated):
     """A picker of adapters and a fixed pool of weights, of which those in use are shown. Everything inside keeps the weights of what
     stays when the pick changes; `turn` changes whenever the pick, all weights or those by block were set, `sliders` tell of a single weight.
     `by` holds {id: {pattern: weight}} of those that have weights by block or pattern beside their slider's."""

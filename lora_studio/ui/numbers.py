@@ -7,6 +7,7 @@ import gradio as gr
 from lora_studio import numbers
 from lora_studio.errors import StudioError
 from lora_studio.ui import theme
+from lora_studio.ui.seat import Seated
 from lora_studio.workspace import Workspace
 
 QUIET = {"show_progress": "hidden", "api_visibility": "private"}
@@ -17,7 +18,7 @@ ROWS_CSS = """
 """
 
 
-class Numbers:
+class Numbers(Seated):
     """A part of a page; whose numbers they are is in a state of that page: an id, or None."""
 
     def __init__(self, workspace: Workspace):

@@ -9,6 +9,7 @@ from lora_studio import albums, studio
 from lora_studio.errors import DataError, SpecError, StudioError
 from lora_studio.ui import counts, gallery, theme
 from lora_studio.ui.album_words import pictures, scope, told_of, undoing
+from lora_studio.ui.seat import Seated
 from lora_studio.ui.train import sources_of
 from lora_studio.workspace import Workspace
 
@@ -22,7 +23,7 @@ ADDRESS = """(album) => { if(!window.studioIsReady || !album) return; const url 
   if(url.searchParams.get('tab') !== 'pictures') return; url.searchParams.set('album', album); history.replaceState(null, '', url); }"""
 
 
-class Pictures:
+class Pictures(Seated):
     """The page's parts, and what they do."""
 
     def __init__(self, workspace: Workspace):
@@ -94,7 +95,7 @@ class Pictures:
             self.count = gr.Markdown("", elem_id="album-count")
             self.all = gr.Button("Choose all", size="sm", min_width=104, scale=0)
             self.none = gr.Button("Choose none", size="sm", min_width=104, scale=0)
-        self.gallery = gallery.Gallery(gallery.empty(NONE), workspace=self.workspace, elem_id="gallery")
+        self.gallery = gallery.Gallery(gallery.empty(NONE), seats=lambda: self.workspace, elem_id="gallery")
         with gr.Row(visible=False, elem_id="pager") as self.pager:
             self.back, self.next = gr.Button("Previous", size="md"), gr.Button("Next", size="md")
 

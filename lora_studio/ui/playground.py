@@ -10,6 +10,7 @@ from lora_studio.errors import BenchError, StudioError
 from lora_studio.ui import answers, theme
 from lora_studio.ui.grid import Grid
 from lora_studio.ui.mix import LIVE, QUIET, Mix, Parts, tab_of, whole
+from lora_studio.ui.seat import Seated
 from lora_studio.workspace import Workspace
 
 STATE = """<div class="state"><p aria-live="polite">{{value.bench}}</p>{{#if value.timing}}<p class="timing">{{value.timing}}</p>{{/if}}</div>"""
@@ -21,7 +22,7 @@ MOST_SIDES, HEIGHT = 4, 460
 NONE = "Write something below. All sides get the same prompt and the same seed."
 
 
-class Playground:
+class Playground(Seated):
     """The page's parts, and what they do."""
 
     def __init__(self, workspace: Workspace):

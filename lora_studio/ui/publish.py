@@ -7,13 +7,16 @@ import threading
 import gradio as gr
 
 from lora_studio import card, library, shelf
-from lora_studio.errors import StudioError
+from lora_studio.errors import HostError, StudioError
 from lora_studio.ui import theme
+from lora_studio.ui.account import lacks
+from lora_studio.ui.seat import Seated, token_of
 from lora_studio.workspace import Workspace
 
 QUIET = {"show_progress": "hidden", "api_visibility": "private"}
 TYPED = {**QUIET, "trigger_mode": "always_last"}
 NEWEST, NOBODY = 300, "your-name"
+GATED = [("As it is; a new one: everybody who sees it", ""), ("Whoever accepts the terms", "auto"), ("Whoever you let in", "manual"), ("Everybody who sees it", "none")]
 COMMON = ("apache-2.0", "mit", "cc-by-4.0", "cc-by-nc-4.0", "cc0-1.0", "openrail", "other")
 SIGN_IN = (
     "The studio uses the Hub's own login: run `hf auth login` in a terminal, then press **Look again**. "
@@ -25,7 +28,7 @@ FILES_CSS = """
 .files li{display:flex;justify-content:space-between;gap:12px;padding:4px 2px;border-bottom:1px solid var(--border-color-primary);overflow-wrap:anywhere}
 .files small{font-size:12.5px;white-space:nowrap;color:var(--body-text-color-subdued)}
 """
-DONE = """{{#if value}}<p class="published">✓ Published at <a href="{{value.url}}" target="_blank" rel="noreferrer noopener">{{value.url}}</a><br>
+DONE = """{{#if value}}<p class="published">✓ {{value.title}} <a href="{{value.url}}" target="_blank" rel="noreferrer noopener">{{value.url}}</a><br>
 <small>{{value.what}}</small></p>{{/if}}"""
 DONE_CSS = """
 .published{margin:0;padding:10px 12px;border:1px solid var(--studio-ok);border-radius:8px;font-size:14px;color:var(--body-text-color);overflow-wrap:anywhere}
@@ -33,7 +36,12 @@ DONE_CSS = """
 """
 
 
-class Publish:
+# (what is asked for, the scopes of which a sign-in needs one for it): Hugging Face's own names of them.
+NEEDED = (("pull_request", ("write-discussions", "write-repos", "manage-repos")), ("collection", ("write-collections",)))
+PLAIN = ("", False, "", "", "")  # nothing of what is under More
+
+
+class Publish(Seated):
     """The page's parts, and what they do."""
 
     def __init__(self, workspace: Workspace):
@@ -61,6 +69,14 @@ class Publish:
         self.repo = gr.Textbox("", label="Repository", info="owner/name; it is made if it is not there.", max_lines=1, interactive=True, elem_id="repo")
         self.visible_to = gr.Radio([("Private: only you", "private"), ("Public: everybody", "public")], value="private", label="Who may see it", interactive=True)
         self.license = gr.Dropdown([("none is said", ""), *licenses()], value="", label="Licence of the adapter", interactive=True, elem_id="license")
+        with gr.Accordion("More", open=False, elem_id="publish-more"):
+            one = {"max_lines": 1, "interactive": True}
+            self.tag = gr.Textbox("", label="Version", info="A tag for these files, such as v1.0; one that stands for other files is refused.", elem_id="tag", **one)
+            self.folder = gr.Textbox("", label="Folder", info="For a repository of several adapters: each in its own folder, with a list of them.", elem_id="folder", **one)
+            self.gated = gr.Radio(GATED, value="", label="Who may have the files", interactive=True, elem_id="gated")
+            self.collection = gr.Textbox("", label="Collection", info="The title of one of yours (it is made if it is not there), or its address.", elem_id="collection", **one)
+            self.asks = gr.Checkbox(False, label="Open a pull request", info="Asks the repository's owner to take the files. Once more adds to the same one.", interactive=True, elem_id="asks")
+        self.more = [self.tag, self.asks, self.gated, self.collection, self.folder]
         self.go = gr.Button("Publish", variant="primary", size="lg", elem_id="publish")
 
     def _what(self) -> None:
@@ -74,7 +90,7 @@ class Publish:
     @property
     def opened(self) -> list:
         """What showing an adapter fills."""
-        return [self.adapter, self.repo, self.visible_to, self.license, self.done, *self.drafted]
+        return [self.adapter, self.repo, self.visible_to, self.license, self.done, *self.drafted, *self.more]
 
     @property
     def drafted(self) -> list:
@@ -83,13 +99,13 @@ class Publish:
 
     def connect(self, tab: gr.Tab) -> None:
         """Let the parts act; who is signed in is asked when the page is seen."""
-        form = [self.adapter, self.repo, self.visible_to, self.license, self.token]
+        form = [self.adapter, self.repo, self.visible_to, self.license, self.token, *self.more]
         signing = {"fn": self.sign, "inputs": [self.adapter, self.repo, self.token], "outputs": [self.account, self.sign_in, self.owner, self.repo]}
         self.adapter.input(self.open, [self.adapter, self.owner], self.opened, **TYPED)
         arrived = tab.select(self.arrive, [self.adapter, self.owner], self.opened, **QUIET)
         arrived.then(**signing, **QUIET, concurrency_limit=4)
         gr.on([self.look.click, self.token.blur, self.token.submit], **signing, **TYPED, concurrency_limit=4)
-        for part in (self.adapter, self.repo, self.visible_to, self.license):
+        for part in (self.adapter, self.repo, self.visible_to, self.license, *self.more):
             part.change(self.draft, form, self.drafted, **TYPED, concurrency_limit=None)
         self.go.click(self.push, form, [self.told, self.done, self.go], **QUIET, concurrency_limit=4)
 
@@ -105,9 +121,9 @@ class Publish:
         id = id if id in {item.id for item in items} else (items[0].id if items else None)
         shown = gr.update(choices=[(f"{item.name} · {item.base} · r{item.rank}", item.id) for item in items], value=id)
         if id is None:
-            return [shown, "", "private", "", None, [theme.said("note", "There is no adapter yet. Train one, or add one in the Library.")], [], ""]
+            return [shown, "", "private", "", None, [theme.said("note", "There is no adapter yet. Train one, or add one in the Library.")], [], "", *PLAIN]
         repo = self._suggest(id, owner or NOBODY)
-        return [shown, repo, "private", "", None, *self.draft(id, repo, "private", "", None)]
+        return [shown, repo, "private", "", None, *self.draft(id, repo, "private", "", None), *PLAIN]
 
     def arrive(self, id: str | None, owner: str | None) -> list:
         """The newest adapter where none was chosen yet."""
@@ -117,9 +133,12 @@ class Publish:
         """Who is signed in, and a repository of theirs where none was typed."""
         is_ours = not repo or repo.startswith(f"{NOBODY}/")
         try:
-            account = shelf.who((token or "").strip() or None)
+            account = shelf.who(token_of(token))
         except StudioError as error:
             return [[theme.said("warning", str(error))], gr.update(open=True), None, self._suggest(id, NOBODY) if is_ours else gr.skip()]
+        missing = lacks("contribute-repos", "write-repos", "manage-repos")
+        if missing:
+            return [[theme.said("warning", str(HostError("host.scope", missing=missing)))], gr.update(open=False), account.name, gr.skip()]
         may = "" if account.writes else " This token may only read, so nothing can be published with it."
         told = [theme.said("ok" if account.writes else "warning", f"Signed in as {account.name}.{may}")]
         return [told, gr.update(open=False), account.name, self._suggest(id, account.name) if is_ours else gr.skip()]
@@ -130,12 +149,12 @@ class Publish:
         except StudioError:
             return ""
 
-    def draft(self, id: str | None, repo: str, visible_to: str, license: str, token: str | None) -> list:
+    def draft(self, id: str | None, repo: str, visible_to: str, license: str, token: str | None, *more) -> list:
         """What would be sent, and what stands against it."""
         if not id:
             return [gr.skip()] * 3
         try:
-            found = shelf.draft(self.workspace, id, asked(repo, visible_to, license), token=token or None)
+            found = shelf.draft(self.workspace, id, asked(repo, visible_to, license, *more), token=token_of(token))
         except StudioError as error:
             return [[theme.said("error", str(error))], [], ""]
         told = [theme.said("error", f"{finding[:1].upper()}{finding[1:]}. It is not sent while this is in it.") for finding in found.findings]
@@ -145,16 +164,22 @@ class Publish:
 
     # ---- publishing
 
-    def push(self, id: str | None, repo: str, visible_to: str, license: str, token: str | None):
+    def push(self, id: str | None, repo: str, visible_to: str, license: str, token: str | None, *more):
         """Publish, saying each step; "published" comes only after the Hub was read back."""
         if not id:
             yield [[theme.said("error", "No adapter was chosen. Choose one above.")], gr.skip(), gr.skip()]
             return
+        to = asked(repo, visible_to, license, *more)
+        missing = [] if (token or "").strip() else [scope for name, wanted in NEEDED if getattr(to, name) and (scope := lacks(*wanted))]
+        if missing:
+            yield [[theme.said("error", str(HostError("host.scope_more", missing=missing[0])))], None, gr.skip()]
+            return
         steps: queue.Queue = queue.Queue()
+        workspace, own = self.workspace, token_of(token)  # asked for here: the thread below serves nobody
 
         def work() -> None:
             try:
-                steps.put(shelf.publish(self.workspace, id, asked(repo, visible_to, license), token=(token or "").strip() or None, report=steps.put))
+                steps.put(shelf.publish(workspace, id, to, token=own, report=steps.put))
             except BaseException as error:  # noqa: BLE001 - handed over to the thread that waits
                 steps.put(error)
 
@@ -171,8 +196,10 @@ class Publish:
             raise news
         else:
             sent = f"{len(news.sent)} files, {size_in_words(news.sent_bytes)} sent" if news.sent else "everything was there already"
-            what = f"{'private' if news.private else 'public'}, commit {news.commit[:12]}, read back and found whole; {sent}"
-            yield [progress(done), {"url": news.url, "what": what}, ready]
+            more = "".join([f", version {news.tag}"] * bool(news.tag) + [f", in {news.collection}"] * bool(news.collection))
+            what = f"{'private' if news.private else 'public'}, commit {news.commit[:12]}{more}, read back and found whole; {sent}"
+            title = "Pull request at" if news.pull_request else "Published at"
+            yield [progress(done), {"title": title, "url": news.pull_request or news.url, "what": what}, ready]
 
 
 def progress(steps: list[str]) -> list[dict]:
@@ -181,9 +208,11 @@ def progress(steps: list[str]) -> list[dict]:
     return [theme.said("note", f"{told[:1].upper()}{told[1:]}.")] if steps else []
 
 
-def asked(repo: str, visible_to: str, license: str) -> shelf.Push:
-    """Where it goes and how, as the form holds it."""
-    return shelf.Push((repo or "").strip(), private=visible_to != "public", license=license or None)
+def asked(repo: str, visible_to: str, license: str, *more) -> shelf.Push:
+    """Where it goes and how, as the form holds it. A pull request goes to what is there, whoever may see that."""
+    tag, asks, gated, collection, folder = more or PLAIN
+    words = {name: (text or "").strip() for name, text in (("tag", tag), ("gated", gated), ("collection", (collection or "").rpartition("/collections/")[2]), ("folder", folder))}
+    return shelf.Push((repo or "").strip(), None if asks else visible_to != "public", license or None, pull_request=bool(asks), **words)
 
 
 def licenses() -> list[tuple[str, str]]:

@@ -4,10 +4,11 @@ import time
 
 import gradio as gr
 
-from lora_studio import library, memory, retries, runs, settings, studio
+from lora_studio import library, memory, retries, runs, settings, studio, sweeps
 from lora_studio.errors import StudioError
-from lora_studio.ui import ranks, samples, theme
+from lora_studio.ui import ranks, samples, theme, variants
 from lora_studio.ui.chart import Curves, LiveChart
+from lora_studio.ui.seat import Seated
 from lora_studio.workspace import Workspace
 
 SYMBOLS = {"queued": "…", "starting": "◌", "running": "●", "stopping": "◍", "done": "✓", "stopped": "■", "failed": "✗"}
@@ -32,7 +33,7 @@ QUIET = {"show_progress": "hidden", "api_visibility": "private"}
 LOG_BYTES = 16 * 1024
 
 
-class Runs:
+class Runs(Seated):
     """The page's parts, and what they do."""
 
     def __init__(self, workspace: Workspace):
@@ -46,7 +47,7 @@ class Runs:
         self.chosen = gr.State(None)
         self.asking = gr.State(False)
         self.seen = gr.State(None)
-        self.curves = Curves(self.workspace)
+        self.curves = Curves(lambda: self.workspace)
         with gr.Row(equal_height=False):
             with gr.Column(scale=2, min_width=280):
                 self.list = theme.Shown([], html_template=LIST, css_template=LIST_CSS, js_on_load=LIST_SCRIPT, elem_classes="flush", elem_id="runs")
@@ -57,6 +58,7 @@ class Runs:
     def _detail(self) -> None:
         self.tiles = theme.tiles(elem_id="run-tiles")
         self.chart = LiveChart(None, curves=self.curves, container=True, padding=True, elem_id="chart")
+        self.variants = variants.build(elem_id="variants")
         with gr.Row():
             self.stop = gr.Button("Stop", variant="stop", size="md", min_width=130, interactive=False)
             self.save_now = gr.Button("Save now", size="md", min_width=130, interactive=False)
@@ -85,7 +87,7 @@ class Runs:
     @property
     def shown(self) -> list:
         """What changes while a run goes on."""
-        return [self.list, self.tiles, self.notes, self.ranks, self.samples, self.log, self.stop, self.save_now, self.sample_now, self.resume, self.again, self.shelved, self.download, self.box, self.retry]
+        return [self.list, self.tiles, self.notes, self.ranks, self.variants, self.samples, self.log, self.stop, self.save_now, self.sample_now, self.resume, self.again, self.shelved, self.download, self.box, self.retry]
 
     @property
     def opened(self) -> list:
@@ -104,9 +106,10 @@ class Runs:
         self.sample_now.click(lambda id: self.request(studio.sample_now, id), self.chosen, None, **QUIET)
         self.resume.click(self.go, self.chosen, None, **QUIET).then(self.refresh, [self.chosen, self.asking], self.shown, **QUIET)
         self.retry.click(self.go_lighter, self.chosen, self.opened, **QUIET)
-        self.again.click(self.reuse, self.chosen, [*train.form.values(), train.data, train.plus, tabs], **QUIET)
+        self.again.click(self.reuse, self.chosen, [*train.form.values(), train.data, train.plus, *train.sweep.own, tabs], **QUIET)
         self.shelved.click(lambda id: self.to_library(shelf_page, id), self.chosen, [tabs, *shelf_page.opened], **QUIET)
-        self.train = train
+        self.variants.pick(self.to_adapter, None, [tabs, *shelf_page.opened], **QUIET)
+        self.train, self.shelf_page = train, shelf_page
 
     def open(self, id: str | None) -> list:
         """Everything about one run; without an id, about the newest."""
@@ -116,8 +119,12 @@ class Runs:
         command = yaml = ""
         if id:
             try:
-                spec = studio.spec_of(self.workspace, id)
-                command, yaml = studio.command(spec), settings.dumps(spec, sparse=True)
+                if self.is_sweep(id):
+                    spec = sweeps.read(self.workspace.run_folder(id))[0]
+                    command, yaml = sweeps.command(spec), sweeps.as_yaml(spec)
+                else:
+                    spec = studio.spec_of(self.workspace, id)
+                    command, yaml = studio.command(spec), settings.dumps(spec, sparse=True)
             except StudioError as error:
                 yaml = f"# {error}"
         return [id, id, command, yaml, False, *self.refresh(id, False)]
@@ -130,7 +137,24 @@ class Runs:
         """The same as `refresh`, or nothing where nothing has happened since."""
         found = studio.list_runs(self.workspace)
         now = repr([(status.id, status.state, status.step, status.changed) for status in found] + [id, asking, self._log_size(id)])
-        return [seen, *[gr.skip()] * len(self.shown)] if now == seen else [now, *self.refresh(id, asking)]
+        if now == seen:
+            return [seen, *[gr.skip()] * len(self.shown)]
+        return [now, *self.refresh_quietly(id, asking)]
+
+    def refresh_quietly(self, id: str | None, asking: bool) -> list:
+        """The same as `refresh`, for what nobody pressed a button for: it may be sent before a question is asked and be answered after, so
+        that only the end of the run takes the question away."""
+        return self._leave_question(self.refresh(id, asking), self.shown, id) if not asking else self.refresh(id, asking)
+
+    def land(self, id: str | None) -> list:
+        """The same as `open`, for a page that is just being loaded: a question that was asked meanwhile stays."""
+        updates = self.open(id)
+        asking = [component is self.asking for component in self.opened].index(True)
+        return self._leave_question([*updates[:asking], gr.skip(), *updates[asking + 1 :]], self.opened, updates[0])
+
+    def _leave_question(self, updates: list, outputs: list, id: str | None) -> list:
+        live = any(status.id == id and status.is_live for status in studio.list_runs(self.workspace))
+        return [gr.skip() if live and component is self.box else update for component, update in zip(outputs, updates, strict=True)]
 
     def _log_size(self, id: str | None) -> int:
         try:
@@ -144,15 +168,17 @@ class Runs:
         listed = [entry(status, id) for status in found]
         status = next((status for status in found if status.id == id), None)
         if status is None:
-            return [listed, [], [], {}, samples.EMPTY, "", *[gr.update(interactive=False) for _ in range(7)], gr.update(visible=False), gr.update(visible=False)]
+            return [listed, [], [], {}, {}, samples.EMPTY, "", *[gr.update(interactive=False) for _ in range(7)], gr.update(visible=False), gr.update(visible=False)]
         events = self.curves.told(status.id)
-        live, trains = status.is_live or status.state == "queued", studio.trains(self.workspace, status.id)
+        found = self.summary(status, events)
+        live, trains = status.is_live or status.state == "queued", bool(found) or studio.trains(self.workspace, status.id)
         ready = next((event for event in reversed(events) if event["kind"] == "saved" and event["what"].startswith("adapter")), None)
         return [
             listed,
-            tiles_of(status, events),
+            variants.tiles_of(status, found, time_left(status)) if found else tiles_of(status, events),
             notes_of(status, events),
             ranks.shown(events),
+            variants.shown(found) if found else {},
             samples.shown(events, status.id),
             studio.log(self.workspace, status.id, LOG_BYTES),
             gr.update(interactive=live),
@@ -165,6 +191,17 @@ class Runs:
             gr.update(visible=bool(asking and live)),
             self.offer(status.id, events),
         ]
+
+    def is_sweep(self, id: str) -> bool:
+        """Whether a run is a sweep."""
+        return runs.kind_of(self.workspace.run_folder(id)) == "sweep"
+
+    def summary(self, status: runs.Status, events: list[dict]) -> dict | None:
+        """What a sweep has found so far; None for any other run, and for one whose spec someone broke."""
+        try:
+            return sweeps.summary(self.workspace.run_folder(status.id), status, [*events, *self.curves.latest(status.id)]) if self.is_sweep(status.id) else None
+        except StudioError:
+            return None
 
     def offer(self, id: str, events: list[dict]) -> dict:
         """The button that tries a run again which memory ran out on."""
@@ -229,9 +266,15 @@ class Runs:
             gr.Warning("The adapter of this run is not in the library; it may have been removed. Bring it back there, or resume the run.")
         return [gr.Tabs(selected="library"), *page.open(found.id if found else None)]
 
+    def to_adapter(self, event: gr.EventData) -> list:
+        """The Library page with the adapter of the variant whose button was pressed."""
+        return [gr.Tabs(selected="library"), *self.shelf_page.open(str(event.id))]
+
     def reuse(self, id: str):
-        """The Train form with this run's settings."""
-        return [*self.train.put(studio.values_of(studio.spec_of(self.workspace, id))), gr.Tabs(selected="train")]
+        """The Train form with this run's settings; of a sweep also what varied."""
+        asked = sweeps.read(self.workspace.run_folder(id))[0] if self.is_sweep(id) else None
+        spec = asked.run if asked else studio.spec_of(self.workspace, id)
+        return [*self.train.put(studio.values_of(spec)), *self.train.sweep.put(asked), gr.Tabs(selected="train")]
 
 
 def entry(status: runs.Status, chosen: str | None) -> dict:
@@ -255,7 +298,7 @@ def tiles_of(status: runs.Status, events: list[dict]) -> list[dict]:
         ("loss", f"{status.loss:.4f}" if status.loss is not None else None),
         ("best validation", f"{min(judged):.4f}" if judged else None),
         ("last checkpoint", f"step {saved[-1]}" if saved else None),
-        ("time left", duration(status.seconds_left) if status.seconds_left is not None else None),
+        ("time left", time_left(status)),
         (f"{unit}/s", f"{step['tokens_per_second']:,.{0 if unit == 'tokens' else 1}f}" if step else None),
         ("rate of A", f"{step['lr_A']:.2g}" if "lr_A" in step else None),
         ("rate of B", f"{step['lr_B']:.2g}" if "lr_B" in step else None),
@@ -263,6 +306,11 @@ def tiles_of(status: runs.Status, events: list[dict]) -> list[dict]:
         ("memory", studio.gigabytes(step["memory"]) if step else None),
     ]
     return [{"label": label, "value": value} for label, value in found if value]
+
+
+def time_left(status: runs.Status) -> str | None:
+    """How long a run still takes, in words, where that is known."""
+    return duration(status.seconds_left) if status.seconds_left is not None else None
 
 
 def duration(seconds: float) -> str:

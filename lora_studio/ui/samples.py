@@ -68,27 +68,34 @@ def build(**options) -> gr.HTML:
 
 
 def shown(events: list[dict], id: str) -> dict:
-    """The sample answers among a run's events: words by prompt, oldest first, and pictures with a row for each step, the untouched base first."""
+    """The sample answers among a run's events: words by prompt, oldest first, and pictures with a row for each step (of a sweep for each step
+    of each variant), the untouched base first."""
     texts: dict[str, list] = {}
-    pictures: dict[int, dict[str, str]] = {}
+    pictures: dict[tuple[int, int], dict[str, str]] = {}
     prompts: dict[str, None] = {}
+    names = next(([one["words"] for one in event["variants"]] for event in events if "variants" in event), [])
     for event in events:
         if event["kind"] != "sample":
             continue
-        answer, step, prompt = str(event["answer"]), event["step"], event["prompt"]
+        answer, step, prompt, variant = str(event["answer"]), event["step"], event["prompt"], event.get("variant", 0)
         if studio.SAMPLE.fullmatch(answer):
             prompts[prompt] = None
-            pictures.setdefault(step, {})[prompt] = f"/studio/sample/{id}/{answer}"
+            pictures.setdefault((step, variant), {})[prompt] = f"/studio/sample/{id}/{answer}"
         else:
-            texts.setdefault(prompt, []).append({"step": step, "answer": answer or "(nothing)"})
+            texts.setdefault(prompt, []).append({"step": told(step, variant, names), "answer": answer or "(nothing)"})
     rows = [
-        {"step": step, "label": "base" if step == 0 else "", "cells": [{"picture": found.get(prompt, ""), "step": step, "prompt": prompt} for prompt in prompts]}
-        for step, found in sorted(pictures.items())
+        {"step": step, "label": "base" if step == 0 else names[variant] if names else "", "cells": [{"picture": found.get(prompt, ""), "step": told(step, variant, names), "prompt": prompt} for prompt in prompts]}
+        for (step, variant), found in sorted(pictures.items())
     ]
     if len(rows) > MOST_ROWS:
         rows = [rows[0], *rows[-MOST_ROWS + 1 :]]
     return {
-        "texts": [{"prompt": prompt, "answers": found[-MOST_TEXTS:]} for prompt, found in texts.items()],
+        "texts": [{"prompt": prompt, "answers": found[-max(MOST_TEXTS, 2 * len(names)) :]} for prompt, found in texts.items()],
         "prompts": [{"prompt": prompt} for prompt in prompts],
         "rows": rows,
     }
+
+
+def told(step: int, variant: int, names: list[str]) -> int | str:
+    """A step, and of a sweep the variant whose it is."""
+    return f"{step} · {names[variant]}" if names and step else step

@@ -11,13 +11,14 @@ from lora_studio.errors import SpecError, StudioError
 from lora_studio.ui import theme
 from lora_studio.ui.mix import QUIET, Mix, tab_of, whole
 from lora_studio.ui.search_curve import SearchCurve
+from lora_studio.ui.seat import Seated
 from lora_studio.workspace import Workspace
 
 ARROW, RECENT = "=>", 40
 OVER = ("done", "stopped", "failed")
 
 
-class Search:
+class Search(Seated):
     """A part of the Blend page; the mix is the page's own. What is shown is read from the run, so that a reload finds it again."""
 
     def __init__(self, workspace: Workspace):

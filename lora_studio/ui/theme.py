@@ -55,8 +55,8 @@ def theme() -> gr.themes.Base:
 
 # Colours of states live here, as variables: the CSS of a component is scoped and cannot see whether the page is dark.
 CSS = f"""
-:root{{--studio-ok:#15803d;--studio-bad:#b91c1c;--studio-bad-edge:#fca5a5;--studio-bad-soft:#fef2f2;--studio-warn:#92400e;--studio-warn-edge:#fcd34d;--studio-warn-soft:#fffbeb;--studio-size:#f59e0b;--studio-alike:#3b82f6;--studio-fight:#ef4444}}
-.dark{{--studio-ok:#4ade80;--studio-bad:#fca5a5;--studio-bad-edge:#7f1d1d;--studio-bad-soft:#2a1215;--studio-warn:#fcd34d;--studio-warn-edge:#78350f;--studio-warn-soft:#2a1f0b}}
+:root{{--studio-ok:#15803d;--studio-bad:#b91c1c;--studio-bad-edge:#fca5a5;--studio-bad-soft:#fef2f2;--studio-warn:#92400e;--studio-warn-edge:#fcd34d;--studio-warn-soft:#fffbeb;--studio-size:#f59e0b;--studio-alike:#3b82f6;--studio-fight:#ef4444;--studio-line-0:#0072b2;--studio-line-1:#c2410c;--studio-line-2:#047857;--studio-line-3:#a21caf;--studio-line-4:#854d0e;--studio-line-5:#334155;--studio-line-6:#be123c;--studio-line-7:#4338ca}}
+.dark{{--studio-ok:#4ade80;--studio-bad:#fca5a5;--studio-bad-edge:#7f1d1d;--studio-bad-soft:#2a1215;--studio-warn:#fcd34d;--studio-warn-edge:#78350f;--studio-warn-soft:#2a1f0b;--studio-line-0:#56b4e9;--studio-line-1:#fb923c;--studio-line-2:#34d399;--studio-line-3:#e879f9;--studio-line-4:#fde047;--studio-line-5:#e2e8f0;--studio-line-6:#fda4af;--studio-line-7:#a5b4fc}}
 .gradio-container{{width:100%!important;max-width:1320px!important;margin:0 auto!important}}
 .dark{{--color-accent:{ACCENT_DARK}}}
 .tabitem{{border:none!important;padding:14px 0!important;background:transparent!important}}
@@ -64,6 +64,7 @@ CSS = f"""
 .flush{{border:none!important;background:transparent!important;box-shadow:none!important}}
 #stop-box{{border:1px solid var(--studio-bad-edge);border-radius:10px;padding:12px}}
 @media (min-width:900px){{#pictures-left{{position:sticky;top:8px;align-self:flex-start;max-height:calc(100vh - 16px);overflow-y:auto;scrollbar-width:thin;flex-wrap:nowrap!important}}#pictures-left>*{{flex-shrink:0}}}}
+li[role=option][aria-label^="✗"]{{opacity:.6;cursor:not-allowed}}
 .mono textarea{{font-family:var(--font-mono);font-size:12.5px;line-height:1.45}}
 """
 

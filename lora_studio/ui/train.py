@@ -9,7 +9,11 @@ from lora_studio import albums, data, presets, settings, shelf, studio
 from lora_studio.errors import SpecError, StudioError
 from lora_studio.spec import TrainSpec, methods
 from lora_studio.ui import forms, theme
+from lora_studio.ui.choices import Choices
 from lora_studio.ui.fit import Fit, outgrown
+from lora_studio.ui.recommend import Recommend
+from lora_studio.ui.seat import Seated
+from lora_studio.ui.sweep import Sweep
 from lora_studio.workspace import Workspace
 
 PREVIEW = """<div class="preview">{{#each value}}<article{{#if thumbnail}} class="picture"{{/if}}>{{#if thumbnail}}<img src="{{thumbnail}}" alt="">{{/if}}{{#each turns}}<p><b>{{who}}</b> {{text}}</p>{{/each}}</article>{{/each}}</div>"""
@@ -27,11 +31,11 @@ QUIET = {"show_progress": "hidden", "api_visibility": "private"}
 TYPED = {**QUIET, "trigger_mode": "always_last"}
 
 
-class Train:
+class Train(Seated):
     """The page's parts, and what they do."""
 
     def __init__(self, workspace: Workspace):
-        self.workspace, self.fit = workspace, Fit()
+        self.workspace, self.fit, self.sweep, self.recommend, self.choices = workspace, Fit(), Sweep(self), Recommend(self), Choices(self)
         self.first = presets.available()[0].name if presets.available() else None
 
     # ---- layout
@@ -56,6 +60,7 @@ class Train:
         self.upload = gr.UploadButton("Upload rows (.jsonl .json .csv .tsv .parquet), pictures, or a .zip of them", file_types=[*data.SUFFIXES, ".zip", ".txt", *albums.SUFFIXES], file_count="multiple", size="sm")
         self.captions = gr.Button("Edit captions", size="sm", visible=False, elem_id="edit-captions")
         form["task.kind"] = forms.widget("task.kind")
+        self.recommend.build()
         with gr.Row():
             for path in ("method.kind", "method.rank", "method.alpha", "optim.lr"):
                 form[path] = forms.widget(path)
@@ -69,6 +74,8 @@ class Train:
         form["output.sample_prompts"] = forms.widget("output.sample_prompts")
         with gr.Accordion("Advanced: every other setting", open=False):
             form |= forms.advanced()
+        self.sweep.build()
+        self.choices.build()
         return form
 
     def _right(self) -> None:
@@ -103,7 +110,7 @@ class Train:
         gr.on([kind.change, method.change], lambda *given: forms.adapt(self.form, *given), [kind, method], hidden, **TYPED)
         method.change(lambda given: gr.update(visible=given in methods.WITH_B), method, self.plus, **TYPED)
         # What a person chooses, never what a preset fills in: that brings settings of its own.
-        method.input(lambda given: forms.start_afresh(self.form, given), method, [part for path, part in self.form.items() if path.startswith("method.") and path not in ("method.kind", "method.targets")], **TYPED)
+        method.input(self.start_afresh, [method, self.choices.known], [part for path, part in self.form.items() if path.startswith("method.") and path not in ("method.kind", "method.targets")], **TYPED)
         kind.change(lambda given: gr.update(visible=given == "image"), kind, self.captions, **TYPED)
         base.change(self.suit, [base, kind], [kind, self.form["task.resolution"]], **TYPED)
         self.upload.upload(self.keep, {self.upload, self.form["data"], *self.bringing}, self.brought, api_visibility="private")
@@ -113,11 +120,18 @@ class Train:
         show, outputs = open_run
         begin = self.start.click(self.begin, self.inputs, [*self.shown, self.started], show_progress="minimal", show_progress_on=self.problems, api_visibility="private", concurrency_limit=2)
         begin.then(show, self.started, outputs, **QUIET)
+        self.sweep.connect(open_run)
+        self.recommend.connect()
+        self.choices.connect()
 
     @property
     def shown(self) -> list:
         """What an assessment fills."""
         return [self.tiles, self.problems, self.rates, self.targets, self.preview, self.command, self.yaml, *self.fit.shown]
+
+    def start_afresh(self, kind: str, known: dict):
+        """The settings of a kind of adapter at their own defaults; nothing where that kind is not taken."""
+        return gr.skip() if self.choices.refuses("method.kind", kind, known) else forms.start_afresh(self.form, kind)
 
     def fill(self, name: str | None):
         """The form as a preset has it. Rows that were picked stay when the preset has none."""

@@ -11,6 +11,7 @@ from lora_studio.errors import StudioError
 from lora_studio.ui import answers, theme
 from lora_studio.ui.figures import percent, rank_of
 from lora_studio.ui.mix import LIVE, QUIET, Mix, whole
+from lora_studio.ui.seat import Seated
 from lora_studio.workspace import Workspace
 
 NONE = "Write a prompt and press Try: the mix of the moment answers here, before anything is saved."
@@ -25,7 +26,7 @@ class Turn:
         self.wanted, self.owner, self.shown, self.last, self.told, self.follows = None, None, None, {}, [], False
 
 
-class Tryout:
+class Tryout(Seated):
     """A part of the Blend page; the mix and the rank are the page's own."""
 
     def __init__(self, workspace: Workspace):

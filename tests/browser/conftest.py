@@ -41,7 +41,7 @@ class Server:
         while time.monotonic() - began < 90:
             assert self.process.poll() is None, (self.home.parent / "server.log").read_text()
             try:
-                urllib.request.urlopen(self.url + "/gradio_api/app_id", timeout=1)
+                urllib.request.urlopen(self.url + "/studio/health", timeout=1)
                 return time.monotonic() - began
             except OSError:
                 time.sleep(0.1)

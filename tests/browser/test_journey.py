@@ -63,6 +63,7 @@ def test_a_demo_from_start_to_result_through_every_accident(server, open_page):
     # Stop asks; keep going keeps going; stop and save stops and saves.
     page.get_by_role("button", name="Stop", exact=True).click()
     page.get_by_role("button", name="Keep going").click()
+    expect(page.locator("#stop-box")).to_be_hidden()
     wait_for_step(page, step_of(page) + 1)
     page.get_by_role("button", name="Stop", exact=True).click()
     expect(page.locator("#stop-box")).to_contain_text("The run goes on until you choose.")

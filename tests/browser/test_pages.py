@@ -223,3 +223,19 @@ def test_a_long_run_is_drawn_cheaply_and_a_second_browser_sees_it_too(server, op
     first.get_by_role("button", name="Learning rates").click()
     expect(first.locator("#chart")).to_contain_text("B 0.00100")
     lock.release()
+
+
+def test_a_page_at_rest_asks_nothing(open_page):
+    """A part of the form that is told of a change which was none would ask again, and again, for as long as the page is open."""
+    page, asked = open_page(), []
+    page.on("request", lambda request: asked.append(request.post_data) if request.method == "POST" and ("/queue/join" in request.url or "/run/predict" in request.url) else None)
+    expect(page.locator("#problems")).to_contain_text("Ready to start.")
+    until = time.monotonic() + 60
+    while True:
+        before = len(asked)
+        page.wait_for_timeout(3000)
+        if len(asked) == before:
+            break
+        assert time.monotonic() < until, [json.loads(text)["fn_index"] for text in asked[-12:]]
+    page.wait_for_timeout(4000)
+    assert len(asked) == before, [json.loads(text)["fn_index"] for text in asked[before:]]

@@ -115,6 +115,52 @@ def test_an_expired_token_and_one_that_may_only_read_are_sentences(page, hub):
     expect(page.locator("#account")).to_contain_text("This token may only read")
 
 
+def more(page, **given):
+    """Open More, and fill in what is given."""
+    page.locator("#publish-more").get_by_text("More", exact=True).click()
+    for name, text in given.items():
+        box(page, name).fill(text)
+        box(page, name).press("Tab")
+
+
+def test_a_version_in_a_folder_gated_and_in_a_collection_is_published_and_refused_for_other_files(page, hub, server, adapter):
+    signed_in(page)
+    box(page, "repo").fill("me/several")
+    more(page, tag="v1", folder="pirate", collection="Ships")
+    page.locator("#gated").get_by_label("Whoever you let in").check()
+    expect(page.locator("#readme")).to_contain_text('subfolder="pirate"')
+    publish(page)
+    expect(page.locator("#published")).to_contain_text("version v1", timeout=60_000)
+    repo, ((_, ships),) = hub.repos["me/several"], hub.collections.items()
+    assert repo.gated == "manual" and repo.tags == {"v1": repo.commits[-1][0]} and ships.items == ["me/several"]
+    assert {"README.md", "pirate/README.md", "pirate/adapter_model.safetensors"} <= set(hub.files("me/several"))
+    assert b"| [pirate](" in hub.files("me/several")["README.md"]
+    record = library.card(workspace.Workspace(server.home), adapter)["publications"][-1]
+    assert (record["repo"], record["tag"], record["folder"]) == ("me/several", "v1", "pirate") and record["collection"].endswith("/collections/" + next(iter(hub.collections)))
+    library.note(workspace.Workspace(server.home), adapter, "other words")
+    publish(page)
+    expect(told(page)).to_contain_text("has the version v1 already", timeout=60_000)
+    expect(told(page)).to_contain_text("such as v2")
+    assert len(repo.commits) == 2
+    library.note(workspace.Workspace(server.home), adapter, "")
+    box(page, "tag").fill("no version")
+    expect(told(page)).to_contain_text("cannot be the name of a version")
+
+
+def test_a_pull_request_to_somebody_else_is_opened_from_the_page_and_leaves_their_files(page, hub):
+    theirs = hub.repo("other/theirs", {"notes.md": b"theirs"})
+    signed_in(page)
+    box(page, "repo").fill("other/theirs")
+    more(page)
+    box(page, "asks").check()
+    for _ in range(2):
+        publish(page)
+        expect(page.locator("#published")).to_contain_text("Pull request at", timeout=60_000)
+        expect(page.locator("#published a")).to_have_attribute("href", f"{hub.url}/other/theirs/discussions/1")
+        expect(page.locator("button#publish")).to_be_enabled()
+    assert len(theirs.requests) == 1 and hub.files("other/theirs") == {"notes.md": b"theirs"}
+
+
 def test_a_fault_is_a_sentence_and_the_next_attempt_sends_what_is_missing(page, hub):
     signed_in(page)
     box(page, "repo").fill("me/again")

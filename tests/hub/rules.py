@@ -26,20 +26,56 @@ class Repo:
     """A model repository: its commits, oldest first, each the full tree {path: bytes}."""
 
     private: bool = False
-    gated: bool = False
+    gated: bool | str = False
     commits: list[tuple[str, str, dict[str, bytes]]] = field(default_factory=list)
     ignored: set[str] = field(default_factory=set)
+    tags: dict[str, str] = field(default_factory=dict)
+    requests: dict[int, "Request"] = field(default_factory=dict)
+    made: dict = field(default_factory=dict)  # what whoever made it asked for
 
-    def commit(self, title: str, files: dict[str, bytes]) -> str:
-        oid = hashlib.sha1(f"{len(self.commits)}{title}{sorted(files)}".encode()).hexdigest()
-        self.commits.append((oid, title, files))
+    def commit(self, title: str, files: dict[str, bytes], request: "Request | None" = None) -> str:
+        """A commit on main, or on a pull request."""
+        branch = self.commits if request is None else request.commits
+        oid = hashlib.sha1(f"{id(branch)}{len(branch)}{title}{sorted(files)}".encode()).hexdigest()
+        branch.append((oid, title, files))
         return oid
 
     def at(self, revision: str | None) -> tuple[str, dict[str, bytes]] | None:
         revision = unquote(revision or "main")
         if revision in ("main", "HEAD"):
             return self.commits[-1][0], self.commits[-1][2]
-        return next(((oid, files) for oid, _, files in self.commits if oid.startswith(revision) and len(revision) > 6), None)
+        number = revision.removeprefix("refs/pr/")
+        if number.isdigit() and int(number) in self.requests:
+            return self.requests[int(number)].commits[-1][::2]
+        revision = self.tags.get(revision, revision)
+        everywhere = [*self.commits, *(one for request in self.requests.values() for one in request.commits)]
+        return next(((oid, files) for oid, _, files in everywhere if oid.startswith(revision) and len(revision) > 6), None)
+
+
+@dataclass
+class Request:
+    """A pull request: who opened it, its commits, oldest first, each the full tree."""
+
+    author: str
+    title: str
+    status: str = "open"
+    commits: list[tuple[str, str, dict[str, bytes]]] = field(default_factory=list)
+
+
+@dataclass
+class Collection:
+    """A collection of models, by their ids."""
+
+    title: str
+    private: bool = False
+    items: list[str] = field(default_factory=list)
+
+
+class Refusal(Exception):
+    """An answer that is not a success."""
+
+    def __init__(self, status: int, message: str, code: str | None = None, **more):
+        self.status, self.body, self.code = status, {"error": message, **more}, code
 
 
 @dataclass

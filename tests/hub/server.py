@@ -20,7 +20,8 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from tests.hub.rules import LFS, Account, Repo, Seen, blob, card_errors, entry, sha256
+from tests.hub import extras
+from tests.hub.rules import LFS, Account, Collection, Refusal, Repo, Seen, blob, card_errors, entry, sha256
 
 PAGE = b"<html><body>Please sign in to the guest network</body></html>"
 ID = r"(?P<id>[\w.-]+/[\w.-]+)"
@@ -42,6 +43,7 @@ ROUTES = [
     ("get", "hub", "GET", rf"/{ID}/resolve/(?P<revision>[^/]+)/(?P<path>.+)"),
     ("put", "storage", "PUT", r"/objects/(?P<oid>[0-9a-f]{64})"),
     ("cdn", "storage", "GET", r"/objects/(?P<oid>[0-9a-f]{64})"),
+    *extras.ROUTES,
 ]
 
 
@@ -52,11 +54,16 @@ class Hub:
         self.accounts: dict[str, Account] = {}
         self.repos: dict[str, Repo] = {}
         self.objects: dict[str, bytes] = {}
+        self.collections: dict[str, Collection] = {}
+        self.bytes_left: int | None = None  # so many more bytes of files come in, then the connection breaks, and stays broken
         self.faults: list[list] = []
         self.seen: list[Seen] = []
         self.texts: list[str] = []  # answers carry this one, as a Hub that repeats what it was sent
         self.lock, self.closing = threading.RLock(), threading.Event()
-        self.servers = {name: ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": self, "name": name})) for name in ("hub", "storage")}
+        self.servers = {
+            name: ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": self, "name": name}))
+            for name in ("hub", "storage")
+        }
         for server in self.servers.values():
             server.daemon_threads = True
             threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
@@ -101,6 +108,7 @@ class Hub:
         with self.lock:
             self.faults.clear()
             self.seen.clear()
+            self.bytes_left = None
 
     def files(self, id: str) -> dict[str, bytes]:
         return {path: data for path, data in self.repos[id].commits[-1][2].items() if path != ".gitattributes"}
@@ -109,14 +117,7 @@ class Hub:
         return sum(request.received for request in self.seen if request.route in routes)
 
 
-class Refusal(Exception):
-    """An answer that is not a success."""
-
-    def __init__(self, status: int, message: str, code: str | None = None, **more):
-        self.status, self.body, self.code = status, {"error": message, **more}, code
-
-
-class Handler(BaseHTTPRequestHandler):
+class Handler(extras.Extras, BaseHTTPRequestHandler):
     """One connection to the Hub or to its storage."""
 
     protocol_version = "HTTP/1.1"
@@ -132,12 +133,18 @@ class Handler(BaseHTTPRequestHandler):
             super().handle_one_request()
 
     def answer(self):
-        path = urlsplit(self.path).path
+        # A Space is a repository like a model's, under addresses of its own.
+        path = re.sub(r"^/(api/)?spaces/", lambda found: "/api/models/" if found[1] else "/", urlsplit(self.path).path)
         found = ((route, match) for route, server, method, pattern in ROUTES
                  if server == self.name and method == self.command and (match := re.fullmatch(pattern, path)))  # fmt: skip
         route, match = next(found, ("unknown", None))
         kind, wait = self.hub.pick(route)
-        half = int(self.headers.get("content-length") or 0) // 2 if kind == "half" else None
+        size = int(self.headers.get("content-length") or 0)
+        half = size // 2 if kind == "half" else None
+        if route == "put" and self.hub.bytes_left is not None:
+            with self.hub.lock:
+                half, kind = (self.hub.bytes_left, "half") if size > self.hub.bytes_left else (None, kind)
+                self.hub.bytes_left -= min(size, self.hub.bytes_left)
         body = self.body(half)
         note = Seen(self.name, self.command, self.path, route, "authorization" in self.headers, len(body))
         with self.hub.lock:
@@ -232,7 +239,14 @@ class Handler(BaseHTTPRequestHandler):
     def on_whoami(self, body):
         account = self.who(needed=True)
         access = {"displayName": "test", "role": account.role}
-        return ok({"type": "user", "name": account.name, "orgs": [{"name": name} for name in account.organizations], "auth": {"accessToken": access}})
+        return ok(
+            {
+                "type": "user",
+                "name": account.name,
+                "orgs": [{"name": name} for name in account.organizations],
+                "auth": {"accessToken": access},
+            }
+        )
 
     def on_validate(self, body):
         self.who()
@@ -246,7 +260,7 @@ class Handler(BaseHTTPRequestHandler):
             raise Refusal(403, f'You don\'t have the rights to create a model under the namespace "{id.split("/")[0]}"')
         if id in self.hub.repos:
             raise Refusal(409, "You already created this model repo", url=f"{self.hub.url}/{id}")
-        self.hub.repo(id, private=wish.get("visibility") == "private")
+        self.hub.repo(id, private=wish.get("visibility") == "private").made = wish
         return ok({"url": f"{self.hub.url}/{id}", "name": id, "id": "1"})
 
     def on_delete(self, body):
@@ -263,7 +277,7 @@ class Handler(BaseHTTPRequestHandler):
     def on_info(self, body, id, revision):
         oid, files = self.tree(id, revision)
         repo = self.hub.repos[id]
-        return ok({"_id": "1", "id": id, "modelId": id, "author": id.split("/")[0], "sha": oid, "private": repo.private, "gated": "auto" if repo.gated else False,
+        return ok({"_id": "1", "id": id, "modelId": id, "author": id.split("/")[0], "sha": oid, "private": repo.private, "gated": "auto" if repo.gated is True else repo.gated,
                    "disabled": False, "downloads": 0, "likes": 0, "tags": [], "siblings": [{"rfilename": path} for path in files]})  # fmt: skip
 
     def on_tree(self, body, id, revision):
@@ -279,16 +293,17 @@ class Handler(BaseHTTPRequestHandler):
         return ok([entry(path, files[path]) for path in wanted if path in files])
 
     def on_preupload(self, body, id, revision):
-        repo = self.find(id, write=True)
+        repo, _ = self.writable(id, revision)
         _, files = repo.at(revision)
         known = {path: sha256(data) if path.endswith(LFS) else blob(data) for path, data in files.items()}
         return ok({"files": [{"path": row["path"], "uploadMode": "lfs" if row["path"].endswith(LFS) else "regular",
                               "shouldIgnore": row["path"] in repo.ignored, "oid": known.get(row["path"])} for row in json.loads(body)["files"]]})  # fmt: skip
 
     def on_batch(self, body, id):
-        self.find(id, write=True)
+        asked = json.loads(body)
+        self.writable(id, asked["ref"]["name"]) if "ref" in asked else self.find(id)
         rows = []
-        for wish in json.loads(body)["objects"]:
+        for wish in asked["objects"]:
             row = {"oid": wish["oid"], "size": wish["size"]}
             if wish["oid"] not in self.hub.objects:
                 put = {"href": f"{self.hub.storage}/objects/{wish['oid']}?signature=x", "header": {}}
@@ -303,14 +318,14 @@ class Handler(BaseHTTPRequestHandler):
         return 200, b"", {"ETag": f'"{oid[:32]}"'}
 
     def on_verify(self, body, id):
-        self.find(id, write=True)
+        self.find(id)
         wish = json.loads(body)
         if len(self.hub.objects.get(wish["oid"], b"")) != wish["size"]:
             raise Refusal(404, "The object is not in the storage")
         return ok({})
 
     def on_commit(self, body, id, revision):
-        repo = self.find(id, write=True)
+        repo, request = self.writable(id, revision)
         head, files = repo.at(revision)
         files, title = dict(files), ""
         for line in body.splitlines():
@@ -331,8 +346,7 @@ class Handler(BaseHTTPRequestHandler):
         errors = card_errors(files["README.md"].decode()) if "README.md" in files else []
         if errors:
             raise Refusal(400, errors[0]["message"])
-        oid = repo.commit(title, files)
-        return ok({"success": True, "commitOid": oid, "commitUrl": f"{self.hub.url}/{id}/commit/{oid}", "hookOutput": ""})
+        return ok(self.committed(id, title, files, request))
 
     def on_get(self, body, id, revision, path):
         oid, files = self.tree(id, revision, files=True)

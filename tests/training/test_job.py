@@ -55,6 +55,8 @@ VARIANTS = {
     "lion, 8-bit": {"optim": {"lr": 1e-4, "kind": "lion_8bit"}},
     "muon": {"optim": {"lr": 1e-2, "kind": "muon", "lora_plus_ratio": 4}},
     "prodigy": {"optim": {"lr": 1.0, "kind": "prodigy"}},
+    "schedule-free": {"optim": {"lr": 1e-2, "kind": "adamw_schedule_free", "lora_plus_ratio": 4}, "schedule": {"kind": "constant", "steps": 12, "batch_size": 2, "warmup": 2}},
+    "loftq": {"method": {"rank": 4, "alpha": 8, "init": "loftq"}, "compute": {"device": "cpu", "precision": "bf16", "threads": 1, "quantize": "4bit"}, "optim": {"lr": 1e-2}},
     "some layers": {"method": {"rank": 2, "alpha": 4, "targets": ["q_proj", "layers.1.mlp.down_proj"]}},
 }
 

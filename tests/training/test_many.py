@@ -7,6 +7,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from lora_studio import library, runs
 from lora_studio.errors import TrainingError
@@ -267,6 +268,21 @@ def test_a_stopped_sweep_goes_on_to_the_same_bytes(workspace, image_base, pictur
     assert train(cut, stop_at=3)[-1]["kind"] == "stopped" and not adapter_bytes(cut)
     events = train(cut)
     assert adapter_bytes(cut) == adapter_bytes(whole) and events[-1]["kind"] == "done"
+
+
+def test_a_sweep_with_a_schedule_free_optimizer_goes_on_to_the_same_bytes_which_are_those_alone(workspace, base, chat_rows):
+    tree = text_tree(base, chat_rows, optim={"kind": "adamw_schedule_free", "lr": 1e-2})
+    tree["schedule"] |= {"kind": "constant", "warmup": 1}
+    variants = [{"optim.lr": 1e-2}, {"optim.lr": 2e-2, "schedule.steps": 3}]
+    whole, cut = (made(workspace, tree, variants, keep="all") for _ in range(2))
+    train(whole)
+    train(cut, stop_at=4)
+    train(cut)
+    assert adapter_bytes(cut) == adapter_bytes(whole) and len(adapter_bytes(whole)) == 2
+    for number, variant in enumerate(sweep.variants(sweep.parse({"run": tree, "variants": variants, "keep": "all"}))):
+        own = load_file(alone(workspace, variant.spec) / "adapter" / "adapter_model.safetensors")
+        there = load_file(whole / "adapters" / str(number) / "adapter_model.safetensors")
+        assert max(float((own[name] - there[name]).abs().max()) for name in own) < 1e-5
 
 
 def test_the_best_is_the_one_with_the_lowest_loss_and_loads_in_peft(workspace, base, chat_rows):

@@ -10,7 +10,7 @@ from lora_studio.errors import BlendError, SpecError
 from lora_studio.spec import parse
 from lora_studio.spec.abilities import ABILITIES, CROSSES, METHODS
 from tests import tiny, tiny_image
-from tests.training import test_image, test_methods, test_quantized
+from tests.training import test_full, test_image, test_methods, test_quantized
 from tests.training.test_job import VARIANTS, run_of, train
 
 wide = test_quantized.wide
@@ -50,7 +50,7 @@ def test_the_table_is_whole_and_its_crosses_are_of_it():
 
 def test_text_and_resume_are_run_with_every_kind():
     """By test_methods.py and test_job.py, whose variants hold every row."""
-    tried = [*test_methods.VARIANTS.values(), *(one.get("method", {"rank": 4, "alpha": 8}) for one in VARIANTS.values())]
+    tried = [*test_methods.VARIANTS.values(), *test_full.VARIANTS.values(), *(one.get("method", {"rank": 4, "alpha": 8}) for one in VARIANTS.values())]
     for name, tree in METHODS.items():
         own = {key: value for key, value in tree["method"].items() if key not in ("rank", "alpha", "first_rank", "every")}
         assert any(own.items() <= one.items() for one in tried), name
@@ -71,7 +71,7 @@ def test_pictures_are_learnt_and_the_file_is_for_every_loader(workspace, pipelin
 @pytest.mark.parametrize("name", short("4-bit base", ("LoRA", "DoRA")))
 def test_a_base_in_4_bits_is_learnt_on(workspace, wide, chat_rows, name):
     tree = {**tiny.tree(wide, chat_rows), "schedule": {"steps": 3, "batch_size": 2}, "compute": {**CPU, "precision": "bf16", "quantize": "4bit"}, "optim": {"lr": 1e-2}}
-    run = run_of(workspace, {**tree, **METHODS[name]})
+    run = run_of(workspace, {**tree, **METHODS[name], "compute": tree["compute"]})
     told = train(run)
     assert told[-1]["kind"] == "done" and all(event["grad_norm"] > 0 for event in told if event["kind"] == "step")
 
@@ -105,9 +105,15 @@ def test_what_does_not_go_on_4_bits_is_refused_before_anything_is_loaded(name):
         parse({"data": [{"path": "x"}], **METHODS[name], "compute": {"quantize": "4bit"}})
 
 
+@pytest.mark.parametrize("name", no("image"))
+def test_what_does_not_learn_pictures_is_refused_before_anything_is_loaded(name):
+    with pytest.raises(SpecError, match="language models only"):
+        parse({"data": [{"path": "x"}], **METHODS[name], "task": {"kind": "image"}})
+
+
 @pytest.mark.parametrize("name", no("bake"))
 def test_what_is_no_sum_is_refused_by_name(workspace, base, chat_rows, name):
-    run = run_of(workspace, {**tiny.tree(base, chat_rows), "schedule": {"steps": 1, "batch_size": 2}, **METHODS[name]})
+    run = run_of(workspace, {**tiny.tree(base, chat_rows), "schedule": {"steps": 1, "batch_size": 2}, "optim": {"lr": 1e-3}, **METHODS[name]})
     train(run)
     assert no("bake") == no("Playground and blend")
     with pytest.raises(BlendError, match="mine"):

@@ -22,6 +22,10 @@ VARIANTS = {
     "orthogonal": {"rank": 4, "alpha": 8, "init": "orthogonal"},
     "pissa": {"rank": 4, "alpha": 8, "init": "pissa"},
     "olora, rank-stabilised": {"rank": 4, "alpha": 8, "init": "olora", "rslora": True},
+    "eva": {"rank": 4, "alpha": 8, "init": "eva"},
+    "eva, frozen A": {"rank": 4, "alpha": 8, "init": "eva", "freeze_a": True},
+    "corda": {"rank": 4, "alpha": 8, "init": "corda"},
+    "lora-ga, rank-stabilised": {"rank": 4, "alpha": 8, "init": "lora_ga", "rslora": True},
     "dylora": {"kind": "dylora", "rank": 6, "alpha": 8},
     "adalora": {"kind": "adalora", "rank": 2, "first_rank": 4, "alpha": 8, "every": 2},
     "vera": {"kind": "vera", "rank": 16},
@@ -29,6 +33,9 @@ VARIANTS = {
     "lokr": {"kind": "lokr", "rank": 2, "alpha": 6},
     "lokr by 4": {"kind": "lokr", "rank": 3, "alpha": 6, "factor": 4},
     "miss": {"kind": "miss", "rank": 5},
+    "oft": {"kind": "oft", "block": 8},
+    "oft whose blocks do not divide": {"kind": "oft", "block": 7},
+    "ia3": {"kind": "ia3"},
 }
 IDS = torch.tensor([[5, 9, 31, 77, 120, 44]])
 
@@ -88,7 +95,7 @@ def test_a_fresh_one_changes_nothing_and_the_file_is_what_was_trained(workspace,
     assert float((trained - untouched).abs().max()) > 1e-3
     in_peft = logits(peft.PeftModel.from_pretrained(plain(base), folder / "adapter"))
     assert torch.allclose(in_peft, trained, atol=2e-5)
-    if name == "dora":
+    if name == "dora" or name.startswith(("oft", "ia3")):
         return
     merged = plain(base)
     for layer, module in adapters.read(folder / "adapter").modules.items():
@@ -219,7 +226,10 @@ def test_an_adapter_that_does_not_fit_is_refused_by_name(workspace, base, chat_r
 
 
 def test_every_kind_has_a_row_and_every_row_a_kind():
-    kinds = {json.dumps(parse({"data": [{"path": "x"}], "method": tree}).method.kind) for tree in VARIANTS.values()}
+    from tests.training import test_full  # which has the kind that puts no adapter on anything
+
+    tried = [*VARIANTS.values(), *test_full.VARIANTS.values()]
+    kinds = {json.dumps(parse({"data": [{"path": "x"}], "method": tree}).method.kind) for tree in tried}
     assert kinds == {json.dumps(kind) for kind in METHODS}
 
 
@@ -237,6 +247,14 @@ def test_every_kind_has_a_row_and_every_row_a_kind():
         ({"method": {"kind": "dylora", "rank": 4, "rank_step": 4}}, "single rank"),
         ({"method": {"kind": "vera", "alpha": 4}}, "alpha has no effect on vera"),
         ({"method": {"kind": "lorra"}}, "must be one of"),
+        ({"method": {"kind": "ia3"}, "compute": {"quantize": "8bit"}}, "ia3 does not work on a quantised base"),
+        ({"method": {"kind": "oft"}, "task": {"kind": "image"}}, "oft is for language models only"),
+        ({"method": {"kind": "oft"}, "optim": {"kind": "muon"}}, "muon is for matrices"),
+        ({"method": {"kind": "oft"}, "optim": {"lora_plus_ratio": 4}}, "no B to learn faster"),
+        ({"method": {"kind": "ia3", "rank": 4}}, "rank has no effect on ia3"),
+        ({"optim": {"kind": "adamw_schedule_free"}}, "schedule.kind must be constant"),
+        ({"optim": {"kind": "adamw_schedule_free", "beta1": 0}, "schedule": {"kind": "constant"}}, "beta1 must be above 0"),
+        ({"method": {"kind": "adalora"}, "optim": {"kind": "adamw_schedule_free"}, "schedule": {"kind": "constant"}}, "brings back the rank"),
     ],
 )
 def test_what_has_no_effect_or_cannot_be_is_refused(tree, words):

@@ -2,13 +2,15 @@
 
 import peft
 import pytest
+import schedulefree
 import torch
 import transformers
 from peft.optimizers import create_loraplus_optimizer
+from safetensors.torch import load_file
 
 from lora_studio.errors import TrainingError
 from lora_studio.spec import Optim, Schedule
-from lora_studio.training import optim
+from lora_studio.training import checkpoint, optim
 from tests import tiny
 
 
@@ -77,6 +79,27 @@ def test_prodigy_finds_its_own_rate_and_keeps_it_through_a_checkpoint(tmp_path):
     optim.put_back(again, optim.kept(ours))
     left, right = steps_of(model, again), steps_of(whole, theirs)
     assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_schedule_free_is_the_packages_own_and_looking_at_it_changes_nothing(tmp_path):
+    ours, theirs = adapted(target_modules=["q_proj", "v_proj"]), adapted(target_modules=["q_proj", "v_proj"])
+    spec = Optim(kind="adamw_schedule_free", lr=1e-2, lora_plus_ratio=4, weight_decay=0.1)
+    optimizer = optim.build(ours.named_parameters(), spec)
+    reference = schedulefree.AdamWScheduleFree(optim.groups(theirs.named_parameters(), spec), lr=1e-2)
+    reference.train()
+    steps_of(theirs, reference, count=4)
+    for step in range(4):
+        y = steps_of(ours, optimizer, count=1)
+        with optim.averaged(optimizer):
+            x = {name: value.detach().clone() for name, value in ours.named_parameters() if value.requires_grad}
+            assert step == 0 or any(float((x[name] - y[name]).abs().max()) > 1e-4 for name in y)
+        assert all(torch.equal(y[name], ours.get_parameter(name)) for name in y)
+    reference.eval()
+    optim.settle(optimizer)
+    for name, value in theirs.named_parameters():
+        assert torch.equal(value, ours.get_parameter(name)), name
+    saved = load_file(checkpoint.write(tmp_path, dict(ours.named_parameters()), optimizer, checkpoint.State(step=4)) / "adapter.safetensors")
+    assert all(torch.equal(value, x[name]) for name, value in saved.items() if name in x)
 
 
 def test_muon_refuses_what_is_no_matrix():

@@ -12,10 +12,11 @@ from tests import tiny
 
 
 @pytest.mark.slow
-def test_two_processes_make_the_steps_of_one(workspace, base, chat_rows, free_port):
+@pytest.mark.parametrize("init", ["kaiming", "lora_ga"])
+def test_two_processes_make_the_steps_of_one(workspace, base, chat_rows, free_port, init):
     found = []
     for count in (1, 2):
-        folder = runs.create(workspace, parse({**tiny.tree(base, chat_rows), "output": {}}))
+        folder = runs.create(workspace, parse({**tiny.tree(base, chat_rows), "output": {}, "method": {"rank": 4, "alpha": 8, "init": init}}))
         words = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(count), "--num_machines", "1",
                  "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(free_port),
                  "-m", "lora_studio.worker", "--inside", str(folder)]  # fmt: skip

@@ -60,7 +60,7 @@ def test_an_album_that_is_gone_is_said(page, album):
 def test_the_saver_answers_whatever_it_is_asked(workspace, album):
     import json
 
-    save = gallery.saver(workspace)
+    save = gallery.saver(lambda: workspace)
     assert json.loads(save([album, "000.png", " a cat ", ""]))["text"] == "a cat"
     assert json.loads(save([album, "000.png", "a dog", ""])) == {"sentence": "The caption of 000.png was changed elsewhere meanwhile, to: a cat. Yours was not written. Compare them, then save again.", "now": "a cat"}
     for asked in (None, [], ["x"], [album, "../000.png", "x", ""], ["nowhere", "000.png", "x", ""], [1, 2, 3, 4], {"a": 1}):

@@ -1,0 +1,46 @@
+"""What the server does by itself: it keeps what must outlive the machine, says trouble once, and bounds the caches."""
+
+import os
+import shutil
+import time
+
+from lora_studio.hosting import Hosting
+from lora_studio.ui.pump import Pump
+
+
+def test_trouble_with_the_storage_is_said_once_and_gets_over(workspace, tmp_path, capsys):
+    place = tmp_path / "bucket"
+    pump = Pump(Hosting(storage=str(place)))
+    (workspace.data / "a.jsonl").write_text("a")
+    assert pump.keep(everything=True) and pump.trouble == ""
+    shutil.rmtree(place)
+    place.write_text("in the way")
+    (workspace.data / "b.jsonl").write_text("b")
+    assert not pump.keep() and not pump.keep()
+    assert capsys.readouterr().out.count("LORA_STUDIO_STORAGE") == 1
+    place.unlink()
+    for name in ("objects", "manifests"):
+        (place / name).mkdir(parents=True)
+    assert pump.keep(everything=True) and pump.trouble == ""
+    shutil.rmtree(workspace.root)
+    Pump(Hosting(storage=str(place)))
+    assert (workspace.data / "a.jsonl").read_text() == "a" and (workspace.data / "b.jsonl").read_text() == "b"
+
+
+def test_without_storage_nothing_is_kept_and_nothing_fails(workspace):
+    pump = Pump(Hosting())
+    assert pump.storage is None and not pump.keep(everything=True)
+
+
+def test_caches_are_trimmed_where_people_sign_in_and_left_alone_on_a_machine_of_ones_own(workspace, home, monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    old = home / "cache" / "latents" / "old"
+    old.parent.mkdir(parents=True)
+    old.write_bytes(b"x")
+    os.utime(old, (time.time() - 20 * 86400,) * 2)
+    Pump(Hosting()).trim()
+    assert old.is_file()
+    Pump(Hosting(kind="owner")).trim()
+    assert not old.exists()
