@@ -12,7 +12,7 @@ import pytest
 
 from lora_studio import hosting, library, workspace
 from tests.browser import made
-from tests.browser.conftest import Server, chromium, hub_environment  # noqa: F401
+from tests.browser.conftest import Server, hub_environment
 from tests.hosted.issuer import SCOPES, Issuer
 from tests.hub import Hub
 from tests.test_hub import forms
@@ -37,7 +37,7 @@ httpx2.Client.build_request = build_request
 
 
 @pytest.fixture
-def studio(chromium, tmp_path, monkeypatch):  # noqa: F811
+def studio(chromium, tmp_path, monkeypatch):
     """A studio for visitors that speaks to a small Hub, with an adapter of one of them: (server, hub, logs, the visitor's workspace)."""
     hub, issuer, home, logs = Hub(), Issuer(secret=SECRET), tmp_path / "home", tmp_path / "logs"
     for token in (SIGNED, TYPED):
@@ -65,7 +65,7 @@ def studio(chromium, tmp_path, monkeypatch):  # noqa: F811
 
 
 @contextlib.contextmanager
-def signed_in(chromium, server):  # noqa: F811
+def signed_in(chromium, server):
     """The page of somebody who signed in as `me`."""
     context = chromium.new_context(viewport={"width": 1280, "height": 900}, reduced_motion="reduce")
     page = context.new_page()
@@ -108,7 +108,7 @@ def kept_in(page) -> str:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at processes in /proc")
-def test_a_visitors_token_is_found_nowhere(chromium, studio, tmp_path):  # noqa: F811
+def test_a_visitors_token_is_found_nowhere(chromium, studio, tmp_path):
     server, hub, logs, own = studio
     from playwright.sync_api import expect
 
