@@ -30,7 +30,8 @@ class Choices:
         it was built with; so what looks has no list among its outputs, and lists are drawn only when the reasons are others."""
         fields, form = self.fields, self.page.form
         asked = {*fields.values(), form["base.id"], form["base.revision"], self.known}
-        gr.on([part.change for part in (*fields.values(), form["base.id"], form["base.revision"])], self.look, asked, [self.known, self.reasons], trigger_mode="always_last", concurrency_limit=None, **QUIET)
+        # After the page has looked, and not at a change itself: several events at the changes of one list make each other happen without end.
+        self.page.looked.then(self.look, asked, [self.known, self.reasons], concurrency_limit=None, **QUIET)
         self.reasons.change(self.draw, {*fields.values(), self.reasons, self.drawn}, [*fields.values(), self.drawn], **QUIET)
         for path, part in fields.items():
             if forms.leaf(path).choices:

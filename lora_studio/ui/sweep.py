@@ -83,8 +83,9 @@ class Sweep:
 
     def connect(self, open_run) -> None:
         """Let the parts act. `open_run` is (function that gives the updates showing a run, its outputs)."""
-        changes = [component.change for component in (*self.paths, *self.values, self.folds, self.together, self.keep, *self.page.form.values())]
+        changes = [component.change for component in (*self.paths, *self.values, self.folds, self.together, self.keep)]
         gr.on(changes, self.look, self.inputs, self.shown, trigger_mode="always_last", concurrency_limit=None, **QUIET)
+        self.page.looked.then(self.look, self.inputs, self.shown, concurrency_limit=None, **QUIET)  # as choices.py does, and for its reason
         for path, values in zip(self.paths, self.values, strict=True):
             path.input(lambda chosen: gr.update(placeholder=EXAMPLES.get(chosen, "")), path, values, **QUIET)
         self.more.click(self.add_row, self.shown_rows, [self.shown_rows, self.more, *self.rows], **QUIET)

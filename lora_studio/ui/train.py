@@ -97,7 +97,7 @@ class Train(Seated):
         """Let the parts act. `open_run` is (function that gives the updates showing a run, its outputs)."""
         look = {"fn": self.look, "inputs": self.inputs, "outputs": self.shown, "trigger_mode": "always_last", "concurrency_limit": None, **QUIET}
         changes = [component.change for path, component in self.form.items()]
-        gr.on(changes, **look)
+        self.looked = gr.on(changes, **look)
         self.preset.input(self.fill, self.preset, [*self.form.values(), self.data, self.plus], **TYPED)
         # Each follows what a person does to the other, never its changes: those would come back as echoes. Gradio tells no `input` of
         # rows that were typed and of text that was pasted; a key and leaving the field do.
