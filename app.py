@@ -15,10 +15,10 @@ if os.environ.get("SPACES_ZERO_GPU"):
 
     bench.carry(zerogpu.VERBS, zerogpu.serve(spaces, devices.device_lock("cuda:0")))
 
-from lora_studio import studio, ui
+from lora_studio import keeping, studio, ui
 from lora_studio.errors import StudioError
 
-STOP_SECONDS = 25.0
+STOP_SECONDS, KEEP_SECONDS = 25.0, 20.0
 
 
 def main() -> None:
@@ -46,6 +46,9 @@ def _save_and_leave(pump: ui.Pump) -> None:
     print(f"{told} run{' was' if told == 1 else 's were'} saved." if told else "No run was at work.", flush=True)
     if pump.storage:
         print("All files are kept." if pump.keep(everything=True) else "Not all files are kept.", flush=True)
+    whole, of = keeping.last(seconds=KEEP_SECONDS)
+    if of:
+        print(f"{whole} of {of} workspaces are whole in their repositories.", flush=True)
     os._exit(0)
 
 

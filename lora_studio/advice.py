@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from lora_studio import families, memory, presets, settings
 from lora_studio.bases import BaseInfo
 from lora_studio.presets import Preset
-from lora_studio.spec import TrainSpec, parse
+from lora_studio.spec import TrainSpec, methods, parse
 from lora_studio.spec.idle import foreign, needs_gpu
 
 PATHS = (
@@ -84,6 +84,8 @@ def recommend(spec: TrainSpec, found: Situation) -> Recommendation:
         reasons["optim.lr"] = f"Goes with that rank and alpha in preset {preset.name}."
     else:
         reasons["optim.lr"] = f"{how} It was chosen for LoRA; {spec.method.kind} may want another."
+    if spec.method.kind in methods.VIRTUAL:
+        values["optim.lr"], reasons["optim.lr"] = 0.02, "Usual for virtual tokens, which learn at about a hundred times the rates of LoRA."
     _suit_machine(spec, found, values, reasons)
     if spec.task.kind != "image":
         _suit_rows(found, values, reasons, notes)
@@ -159,6 +161,10 @@ def _suit_machine(spec: TrainSpec, found: Situation, values: dict, reasons: dict
         values["optim.kind"], reasons["optim.kind"] = "adamw", "bitsandbytes is not installed, which the preset's optimizer needs."
     if spec.method.kind == "full":
         values["compute.quantize"] = "none"
+        if "compute.block_swap" in values:
+            values["compute.block_swap"] = 0
+    if spec.method.kind == "prefix":
+        values["compute.checkpointing"], reasons["compute.checkpointing"] = False, "It does not go with prefix tuning."
     reasons["compute.precision"] += " auto takes bf16 where the device computes in it." if values["compute.precision"] == "auto" else ""
 
 

@@ -277,7 +277,7 @@ def write_captions(workspace: Workspace, name: str, *, model: str, revision: str
     if missing or spec.pictures == []:
         raise DataError("caption.none", album=shown(name))
     run = runs.create(workspace, spec)
-    runs.set_card(run, base=model, method="captions")
+    runs.set_card(run, base=model, method="captions", needs_token=workspace.limits is not None and found is None)
     queue.add(workspace, run, device=device)
     queue.pump()
     return run.name

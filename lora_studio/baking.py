@@ -14,6 +14,12 @@ from lora_studio.weights import Weight
 from lora_studio.workspace import Workspace
 
 RECIPE = "lora_studio.json"
+# What is added for an adapter that is no product.
+OWN = {
+    "dora": "a DoRA adapter `weight * (m / |V| * V - W0)` with `V = W0 + scale * B @ A` and a length `|V|` for each output",
+    "oft": "an OFT adapter `weight * (W0 @ R.T - W0)` with a rotation `R` of the inputs",
+    "ia3": "an IA3 adapter `weight * (l - 1) * W0` with a number `l` for each output and its bias, of a feed-forward layer for each input",
+}
 
 
 def preview(workspace: Workspace, parts: shelf.Parts, *, base: str | None = None, dtype: str | None = None, merge: dict | None = None) -> dict:
@@ -34,7 +40,8 @@ def bake(
         "sum": [{"adapter": library.folder_of(workspace, id).name, "name": library.card(workspace, id)["name"], "weight": weight} for id, weight in parts],
         **({"merge": merge} if merge else {}),
     }  # fmt: skip
-    files = {"README.md": _card(recipe, target), RECIPE: json.dumps(recipe, indent=2, ensure_ascii=False) + "\n"}
+    methods = {library.card(workspace, id)["method"] for id, _ in parts}
+    files = {"README.md": _card(recipe, target, methods), RECIPE: json.dumps(recipe, indent=2, ensure_ascii=False) + "\n"}
     return bench.stream("bake", seconds=6 * 3600.0, base=base, parts=_paths(workspace, parts), target=str(target), dtype=dtype, files=files, merge=merge)
 
 
@@ -82,14 +89,14 @@ def _weight(weight: Weight) -> str:
     return "".join([f"{weight.get('', 1.0):g}", *(f", `{pattern}` {one:g}" for pattern, one in weight.items() if pattern)]) if isinstance(weight, dict) else f"{weight:g}"
 
 
-def _formula(merge: dict | None) -> str:
+def _formula(merge: dict | None, methods: set[str]) -> str:
     if not merge:
-        return "`W0 + sum of weight * scale * B @ A`"
+        return "".join(["`W0 + sum of weight * scale * B @ A`", *(f", of {OWN[method]}" for method in OWN if method in methods)])
     told = ", ".join(f"{key} {value}" for key, value in merge.items() if key != "how")
     return f"put together by {merge['how']}" + (f" ({told})" if told else "")
 
 
-def _card(recipe: dict, target: Path) -> str:
+def _card(recipe: dict, target: Path, methods: set[str]) -> str:
     """What the folder is, what it was made of, and the commands that run it."""
     base, parts = recipe["base"], recipe["sum"]
     rows = "\n".join(f"| {' '.join(part['name'].split()).replace('|', '/')} | {_weight(part['weight'])} |" for part in parts)
@@ -107,6 +114,6 @@ def _card(recipe: dict, target: Path) -> str:
     precision = recipe["dtype"] or "the base's own precision"
     return (
         f"# {folder}\n\n{base} with {len(parts)} adapter{'' if len(parts) == 1 else 's'} baked in by LoRA Studio, in {precision}: "
-        f"{_formula(recipe.get('merge'))}, summed in fp32 and rounded once. The base's licence goes on to hold.\n\n"
+        f"{_formula(recipe.get('merge'), methods)}, summed in fp32 and rounded once. The base's licence goes on to hold.\n\n"
         f"| adapter | weight |\n| --- | --- |\n{rows}\n\n{run}\n"
     )

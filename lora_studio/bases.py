@@ -18,7 +18,8 @@ VARIANTS = ["*.fp16.safetensors", "*.bf16.safetensors", "*.non_ema.safetensors",
 @dataclass(frozen=True)
 class BaseInfo:
     """What is known of a base before it is loaded. `folder` is None while a Hub model has not been fetched, and a file where the whole
-    model is one. `pipeline` is the class of an image model's pipeline, "" for a language model; `note` says what is only a guess."""
+    model is one. `keys` are the numbers of a token's key in one layer's attention, and of its value; `context` how many tokens it was made
+    to read at once; `pipeline` is the class of an image model's pipeline, "" for a language model; `note` says what is only a guess."""
 
     id: str
     folder: Path | None
@@ -28,6 +29,8 @@ class BaseInfo:
     hidden: int | None = None
     intermediate: int | None = None
     vocabulary: int | None = None
+    context: int | None = None
+    keys: int | None = None
     linears: tuple[tuple[str, int, int], ...] = ()
     commit: str = ""
     pipeline: str = ""
@@ -42,7 +45,9 @@ class BaseInfo:
         return known or sorted({name.rsplit(".", 1)[-1] for name, *_ in self.linears})
 
     def trainable(self, targets: list[str], method) -> int:
-        """Parameters that a method (of spec.method) learns on those layers."""
+        """Parameters that a method (of spec.method) learns on those layers, or as virtual tokens; 0 where the headers do not tell."""
+        if method.kind in methods.VIRTUAL:
+            return methods.virtual_parameters(method, self.hidden or 0, self.layers or 0, self.keys or 0)
         fits = (shape for name, *shape in self.linears if any(name == end or name.endswith("." + end) for end in targets))
         return sum(methods.parameters(method, rows, columns) for rows, columns in fits)
 
@@ -151,9 +156,19 @@ def inspect(base: Base) -> BaseInfo:
         hidden=text.get("hidden_size"),
         intermediate=text.get("intermediate_size"),
         vocabulary=text.get("vocab_size"),
+        context=text.get("max_position_embeddings") or text.get("n_positions"),
+        keys=_keys(text),
         linears=linears,
         commit=folder.name if folder.parent.name == "snapshots" else "",
     )
+
+
+def _keys(config: dict) -> int | None:
+    """The numbers of a key in one layer, by the configuration of a language model."""
+    heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
+    if not heads or not hidden:
+        return None
+    return (config.get("num_key_value_heads") or heads) * (config.get("head_dim") or hidden // heads)
 
 
 def _inspect_pipeline(base: Base, folder: Path) -> BaseInfo:

@@ -36,6 +36,7 @@ LICENSES = frozenset(_LICENSES.split())
 CURVE = "loss.png"
 SETTINGS = ("optim", "schedule", "compute", "validation")
 POINTS = 400
+OTHER_KINDS = {"prompt": "tuned prompt", "prefix": "tuned prefix"}  # kinds of method that are no adapter on layers
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def shown(id: str) -> str:
 
 def write(facts: Facts, *, repo_id: str | None = None, folder: str = "") -> str:
     """The card as Markdown with front matter that the Hub accepts. `repo_id` is where it will be published, `folder` the subfolder there."""
-    kind = "blend of LoRA adapters" if facts.parents else "LoRA adapter"
+    kind = "blend of LoRA adapters" if facts.parents else OTHER_KINDS.get(str(facts.method.get("kind")), "LoRA adapter")
     base = f"[{escape(facts.base)}](https://huggingface.co/{facts.base})" if is_hub_id(facts.base) else f"`{_code(shown(facts.base))}`"
     parts = [
         f"---\n{front_matter(facts)}---\n",
@@ -163,7 +164,8 @@ def front_matter(facts: Facts) -> str:
     datasets = [name for row in facts.data if is_hub_id(name := str(row.get("name", ""))) and not name.startswith("demo/")]
     if datasets:
         head["datasets"] = list(dict.fromkeys(datasets))
-    tags = ["lora", "lora-studio", *(["diffusers", "text-to-image"] if facts.pipeline_file else []), *(["merge"] if facts.parents else []), *(plain(tag)[:50] for tag in facts.tags)]
+    own = [] if facts.method.get("kind") in OTHER_KINDS else ["lora"]
+    tags = [*own, "lora-studio", *(["diffusers", "text-to-image"] if facts.pipeline_file else []), *(["merge"] if facts.parents else []), *(plain(tag)[:50] for tag in facts.tags)]
     head["tags"] = list(dict.fromkeys(tag for tag in tags if tag))
     return yaml.safe_dump(head, sort_keys=False, allow_unicode=False, width=1 << 20)
 

@@ -17,6 +17,7 @@ from lora_studio import (
     cli_captions,
     cli_compare,
     cli_judge,
+    cli_keep,
     cli_merge,
     cli_shelf,
     cli_space,
@@ -339,6 +340,7 @@ cli_merge.register(app)
 cli_judge.register(app)
 cli_captions.register(app)
 cli_space.register(app)
+cli_keep.register(app)
 
 
 def command() -> click.Group:

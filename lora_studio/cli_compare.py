@@ -2,9 +2,8 @@
 
 import click
 
-from lora_studio import cli_sweep, comparisons, studio
+from lora_studio import cli_sweep, comparisons
 from lora_studio.cli_shelf import answer, refuse
-from lora_studio.errors import RunError
 from lora_studio.workspace import local
 
 FLAGS = {"ratio", "rates", "plus_rates", "full", "full_rates", "seeds", "together"}
@@ -15,7 +14,7 @@ OPTIONS = [
     click.option("--full", is_flag=True, help="Full fine-tuning too, as the reference."),
     click.option("--full-rates", "full_rates", default=None, metavar="X,X", help="The rates that full fine-tuning is tried at."),
     click.option("--seeds", type=int, default=None, metavar="N", help="How often each is trained at its best rate; 3 where nothing is said."),
-    click.option("--together", type=int, default=None, metavar="N", help="At most so many adapters in one pass: less memory, more time."),
+    click.option("--together", type=int, default=None, metavar="N", help="At most so many adapters at once: less memory, more time."),
 ]  # fmt: skip
 
 
@@ -32,14 +31,7 @@ def run(spec, say, *, as_json: bool, detach: bool, **asked) -> None:
     if detach:
         answer(comparisons.result(workspace, id), as_json, id)
         return
-    try:
-        cli_sweep.follow(workspace, id, say)
-    except KeyboardInterrupt:
-        say.print(f"It goes on. See what it finds: python -m lora_studio compare-result {id}; end it with: python -m lora_studio stop {id}")
-        raise click.exceptions.Exit(130) from None
-    status = studio.show(workspace, id)
-    if status.state == "failed":
-        raise RunError("run.failed", id=id, reason=status.reason)
+    cli_sweep.follow_to_end(id, say, result="compare-result")
     show(id, as_json)
 
 

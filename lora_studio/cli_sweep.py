@@ -4,17 +4,17 @@ import time
 
 import click
 
-from lora_studio import settings, studio, sweeps
+from lora_studio import runs, settings, studio, sweeps
 from lora_studio.cli_shelf import answer, refuse
 from lora_studio.errors import RunError
-from lora_studio.workspace import local
+from lora_studio.workspace import Workspace, local
 
 FLAGS = {"over", "variants", "folds", "together", "keep"}
 OPTIONS = [
     click.option("--over", "over", multiple=True, metavar="PATH=VALUE,VALUE", help="A setting and its values: --over method.rank=4,8. May be repeated: every combination is trained."),
     click.option("--variant", "variants", multiple=True, metavar="SETTINGS", help="One variant as YAML: {optim.lr: 1e-4, method.rank: 4}. May be repeated."),
     click.option("--folds", type=int, default=None, metavar="N", help="Cross-validation in so many parts, for few rows."),
-    click.option("--together", type=int, default=None, metavar="N", help="At most so many adapters in one pass: less memory, more time."),
+    click.option("--together", type=int, default=None, metavar="N", help="At most so many adapters at once: less memory, more time."),
     click.option("--keep", type=click.Choice(["best", "all"]), default=None, help="Which adapters enter the library."),
 ]  # fmt: skip
 
@@ -31,27 +31,29 @@ def run(spec, say, *, as_json: bool, detach: bool, over=(), variants=(), folds=N
     if detach:
         answer(sweeps.result(workspace, id), as_json, id)
         return
-    try:
-        follow(workspace, id, say)
-    except KeyboardInterrupt:
-        say.print(
-            f"The sweep goes on. See what it finds: python -m lora_studio sweep-result {id}; end it with: python -m lora_studio stop {id}"
-        )
-        raise click.exceptions.Exit(130) from None
-    status = studio.show(workspace, id)
-    if status.state == "failed":
-        raise RunError("run.failed", id=id, reason=status.reason)
+    follow_to_end(id, say, result="sweep-result")
     show(id, as_json)
 
 
-def follow(workspace, id: str, say) -> None:
-    """Say the step now and then until the sweep ends."""
+def follow_to_end(id: str, say, *, result: str) -> None:
+    """Say the step now and then until the run ends; `result` is the command that shows what it finds. Ctrl-C ends the following, not the
+    run. Raises RunError when it failed."""
+    try:
+        status = _follow(local(), id, say)
+    except KeyboardInterrupt:
+        say.print(f"It goes on. See what it finds: python -m lora_studio {result} {id}; end it with: python -m lora_studio stop {id}")
+        raise click.exceptions.Exit(130) from None
+    if status.state == "failed":
+        raise RunError("run.failed", id=id, reason=status.reason)
+
+
+def _follow(workspace: Workspace, id: str, say) -> runs.Status:
     told = -1
     while True:
         studio.pump()
         status = studio.show(workspace, id)
         if not status.is_live and status.state != "queued":
-            return
+            return status
         if status.steps and status.step * 10 // status.steps > told:
             told = status.step * 10 // status.steps
             say.print(f"step {status.step}/{status.steps}")

@@ -1,11 +1,11 @@
 """The verbs of a comparison of LoRA and LoRA+: make one of a run, check it, start it as a run of the queue, and read what it found, in numbers
 and in plain words, beside what the paper claims."""
 
-from lora_studio import runs, studio
+from lora_studio import fence, runs, studio, visits
 from lora_studio.errors import Problem, RunError, SpecError
 from lora_studio.jobs import queue
 from lora_studio.preflight import Report, pinned, preflight
-from lora_studio.preflight import suggest_ratio as usual_ratio
+from lora_studio.rates import suggest_ratio as usual_ratio
 from lora_studio.spec import TrainSpec, compare, sweep, to_tree
 from lora_studio.spec.compare import NAMES, CompareSpec
 from lora_studio.sweeps import check as check_sweep
@@ -25,7 +25,7 @@ def compose(run: TrainSpec, *, ratio: float | None = None, full: bool = False, *
     """A comparison made of a run, whose own rate (of LoRA+ where it has a ratio, else of LoRA) is the middle of what is tried. `asked`:
     rates, plus_rates, full_rates, seeds, together; `full` adds full fine-tuning at usual rates. Raises SpecError with every problem."""
     ratio = ratio or run.optim.lora_plus_ratio or usual_ratio(run.task.kind)
-    # LoRA+ learns best where B's rate is about twice plain LoRA's (`preflight.suggest_lr`).
+    # LoRA+ learns best where B's rate is about twice plain LoRA's (`rates.suggest_lr`).
     lora = run.optim.lr * run.optim.lora_plus_ratio / 2 if run.optim.lora_plus_ratio else run.optim.lr
     plain = run.model_copy(update={"optim": run.optim.model_copy(update={"lora_plus_ratio": None, "lr": lora})})
     tree = {
@@ -66,6 +66,9 @@ def check(workspace: Workspace, spec: CompareSpec, *, deep: bool = False) -> Rep
         ]
         report.facts["memory_of_full"] = whole.facts.get("memory")
     report.facts["parts"] = len(compare.parts(spec))
+    too_many = fence.too_many(workspace, spec.seeds)
+    if too_many:
+        report.add("seeds", too_many)
     return report
 
 
@@ -75,7 +78,7 @@ def start(workspace: Workspace, spec: CompareSpec) -> str:
     if not report.can_start:
         raise SpecError("spec.problems", problems=[problem for problem in report.problems if problem.level == "error"])
     folder = runs.create(workspace, spec.model_copy(update={"run": pinned(spec.run)}))
-    runs.set_card(folder, base=spec.run.base.id, method="LoRA against LoRA+")
+    runs.set_card(folder, base=spec.run.base.id, method="LoRA against LoRA+", needs_token=visits.needs_token(workspace, spec.run))
     queue.add(workspace, folder, device=report.facts["device"])
     queue.pump()
     return folder.name

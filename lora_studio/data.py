@@ -223,8 +223,10 @@ def _hub_rows(source: Source, limit: int | None) -> list[dict]:
 def load_hub(source: Source):
     """A Hub data set, through the datasets library (which runs no code of the repository). Raises DataError."""
     import datasets
+    import httpx2
     import huggingface_hub.errors as hub
 
+    _ask_first(source)
     try:
         return datasets.load_dataset(source.path, source.subset, split=source.split, revision=source.revision, token=fence.lent())
     except ValueError as error:
@@ -232,11 +234,49 @@ def load_hub(source: Source):
         if splits:
             raise DataError("data.no_split", path=source.path, split=source.split, known=splits[1][:200]) from None
         raise DataError("data.hub", path=source.path, reason=_first_line(error)) from None
-    except (datasets.exceptions.DatasetNotFoundError, FileNotFoundError, hub.RepositoryNotFoundError):
+    except (datasets.exceptions.DatasetNotFoundError, FileNotFoundError, hub.RepositoryNotFoundError) as error:
+        if _refuses_token(error):
+            raise DataError("data.bad_token", path=source.path) from None
         reason = "it is not there, or your account may not see it (sign in with `hf auth login`)"
         raise DataError("data.hub", path=source.path, reason=reason) from None
-    except (datasets.exceptions.DatasetsError, hub.HfHubHTTPError, OSError) as error:
+    except (datasets.exceptions.DatasetsError, httpx2.HTTPError, OSError) as error:
+        if _refuses_token(error):
+            raise DataError("data.bad_token", path=source.path) from None
         raise DataError("data.hub", path=source.path, reason=_first_line(error)) from None
+
+
+def _ask_first(source: Source) -> None:
+    """For a visitor ask the Hub whether their token opens the data set: the datasets library gives out what others fetched before, also
+    after a refusal. Raises DataError."""
+    import httpx2
+    import huggingface_hub
+    import huggingface_hub.errors as hub
+
+    if fence.lent() is None and fence.visitor() is None:
+        return
+    try:
+        huggingface_hub.HfApi(token=fence.lent() or False).auth_check(source.path, repo_type="dataset")
+    except hub.HfHubHTTPError as error:
+        if _refuses_token(error):
+            raise DataError("data.bad_token", path=source.path) from None
+        missing, gated = "it is not there, or your account may not see it", "it is gated, and your account has not been let in"
+        reason = {401: missing, 404: missing, 403: gated}.get(getattr(error.response, "status_code", None), _first_line(error))
+        raise DataError("data.hub", path=source.path, reason=reason) from None
+    except (OSError, httpx2.HTTPError) as error:
+        raise DataError("data.hub", path=source.path, reason=_first_line(error)) from None
+
+
+def _refuses_token(error: BaseException | None) -> bool:
+    """Whether the Hub answered 401 somewhere behind an error, to a token that was shown to it."""
+    import huggingface_hub
+
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if getattr(getattr(error, "response", None), "status_code", None) == 401:
+            return bool(fence.lent() or (fence.visitor() is None and huggingface_hub.get_token()))
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _first_line(error: Exception) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 TEMPORARY = ".part-"
 TRASH = ".trash-"
 MARKER = "manifest.json"
+PORTION = 1 << 22
 
 
 def write(path: Path, content: bytes | str) -> None:
@@ -48,20 +50,27 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def publish_folder(target: Path, files: dict[str, bytes]) -> None:
-    """Make `target` a folder with exactly these files: staged beside it, each fsynced, a manifest of sizes and hashes
-    last, then renamed. An older `target` is moved away first and then deleted. Either folder is whole at any instant."""
+def publish_folder(target: Path, files: dict[str, bytes | Path]) -> None:
+    """Make `target` a folder with exactly these files (a Path is copied from there; names may have folders before them): staged beside it,
+    each fsynced, a manifest of sizes and hashes last, then renamed. An older `target` is moved away first and then deleted. Either folder is whole at any instant."""
     stage = target.with_name(f"{TEMPORARY}{os.getpid()}-{target.name}")
     if stage.exists():
         shutil.rmtree(stage)
     stage.mkdir(parents=True)
     manifest = {}
     for name, data in files.items():
-        with open(stage / name, "wb") as file:
-            file.write(data)
+        (stage / name).parent.mkdir(parents=True, exist_ok=True)
+        digest, size = hashlib.sha256(), 0
+        with open(data, "rb") if isinstance(data, Path) else io.BytesIO(data) as source, open(stage / name, "wb") as file:
+            while portion := source.read(PORTION):
+                file.write(portion)
+                digest.update(portion)
+                size += len(portion)
             file.flush()
             os.fsync(file.fileno())
-        manifest[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        manifest[name] = {"bytes": size, "sha256": digest.hexdigest()}
+    for inner in {(stage / name).parent for name in files} - {stage}:
+        sync_folder(inner)
     write_json(stage / MARKER, manifest)
     if target.exists():
         remove_folder(target)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_studio import adapters, bases, fence, formats, library, shelf, studio, weights
-from lora_studio.adapters import gguf_files, multiplying, pipeline_files
+from lora_studio.adapters import gguf_files, multiplying, pipeline_files, virtual
 from lora_studio.errors import AdapterError, StudioError
 from lora_studio.spec import Base
 from lora_studio.workspace import Workspace
@@ -18,6 +18,7 @@ from lora_studio.workspace import Workspace
 FOLDER, KEPT_SECONDS, TOKEN = "exports", 86400.0, re.compile(r"[0-9a-f]{16}")
 # Bytes of a number, and by how much it is rounded at most (half of the last place).
 DTYPES = {"float32": (4, 2.0**-24), "float16": (2, 2.0**-11), "bfloat16": (2, 2.0**-8)}
+ONLY_PEFT = {**dict.fromkeys(multiplying.METHODS.values(), "multiplies the weights"), **dict.fromkeys(virtual.WORDS, "stands before the input"), "dora": "gives each output a length of its own"}
 FLUX = ("FluxPipeline", "FluxKontextPipeline")
 KOHYA = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", *FLUX)
 
@@ -39,8 +40,9 @@ def forms(workspace: Workspace, id: str) -> list[Form]:
     against["kohya"] = against["diffusers"]
     if part and (info.pipeline not in KOHYA if info and info.pipeline else part != "unet"):
         against["kohya"] = "it is written for Stable Diffusion 1, 2, XL and (with its base on this machine) FLUX.1 only"
-    if adapters.inspect(folder).method in multiplying.METHODS.values():
-        return [Form(name, "" if name == "peft" else "it multiplies the weights, which only PEFT's own form can say") for name in formats.ENDS]
+    only = ONLY_PEFT.get(adapters.inspect(folder).method)
+    if only:
+        return [Form(name, "" if name == "peft" else f"it {only}, which only PEFT's own form can say") for name in formats.ENDS]
     against["gguf"] = "llama.cpp takes adapters of language models, and this one is for an image model" if part else _against_gguf(base, info)
     return [Form(name, against.get(name, "")) for name in formats.ENDS]
 

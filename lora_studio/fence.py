@@ -19,7 +19,7 @@ GB = 1_000_000_000
 @dataclass(frozen=True)
 class Limits:
     """What one visitor may use: `bases` and data sets of the Hub (`data`) by name or pattern, bytes on disk and in one upload, runs that wait or work at once, steps of a
-    run, and seconds it may work."""
+    run, adapters that one run trains side by side, and seconds it may work."""
 
     bases: tuple[str, ...] = ("demo-text", "demo-image")
     data: tuple[str, ...] = ()
@@ -27,6 +27,7 @@ class Limits:
     upload: int = GB // 2
     runs: int = 3
     steps: int = 2000
+    adapters: int = 16
     seconds: float = 2 * 3600.0
 
 
@@ -124,6 +125,12 @@ def refuse_bytes(workspace, more: int = 0) -> None:
     here = used(workspace.root)
     if here + more > workspace.limits.disk:
         raise HostError("host.disk", used=_gb(here + more), most=_gb(workspace.limits.disk))
+
+
+def too_many(workspace, count: int) -> HostError | None:
+    """What is wrong when one run of a visitor would train this many adapters; None when nothing is."""
+    limits = workspace.limits
+    return None if limits is None or count <= limits.adapters else HostError("host.adapters", count=count, most=limits.adapters)
 
 
 def _gb(size: int) -> str:

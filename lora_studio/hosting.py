@@ -16,6 +16,7 @@ LIMITS = (
     ("LORA_STUDIO_UPLOAD_GB", "upload", lambda number: int(number * GB)),
     ("LORA_STUDIO_RUNS", "runs", int),
     ("LORA_STUDIO_STEPS", "steps", int),
+    ("LORA_STUDIO_ADAPTERS", "adapters", int),
     ("LORA_STUDIO_HOURS", "seconds", lambda number: number * 3600.0),
 )
 LOCAL_UPLOAD = 4 * GB

@@ -34,10 +34,10 @@ STATE = {
     "adamw_schedule_free": 8,
 }  # fmt: skip
 # What the backward pass needs for each token, in numbers of (the width, the inner width): of every block, and besides, for what is being
-# computed and what malloc keeps. Padded batches go through the plain layers. With checkpointing a block keeps so many numbers of the
+# computed and what malloc keeps. Padded batches go through the plain layers; where only virtual tokens learn, no linear layer keeps its input. With checkpointing a block keeps so many numbers of the
 # width, and one block is there whole. Fitted to runs of 2 M to 35 M parameters (tests/campaigns/memory.py).
-KEPT = {"packed": (20.5, 2.85), "padded": (20.0, 8.0)}
-WORKING = {"packed": (7.0, 0.0), "padded": (22.0, 8.0)}
+KEPT = {"packed": (20.5, 2.85), "padded": (20.0, 8.0), "virtual": (10.5, 3.0)}
+WORKING = {"packed": (7.0, 0.0), "padded": (22.0, 8.0), "virtual": (22.0, 8.0)}
 CHECKPOINTED = 10.0
 CHUNK = 2**22  # scores of the head at a time (training.fused)
 HEAD_COPIES = 3
@@ -197,9 +197,11 @@ def _text_parts(parts: dict[str, int], spec: TrainSpec, info: BaseInfo, rows: Ro
     """Activations and logits of a language model."""
     if not (info.layers and info.hidden and info.intermediate):
         return
-    is_packed = spec.compute.packing and not methods.learns_head(spec.method)
-    how = "packed" if is_packed else "padded"
-    tokens = rows.tokens(spec.schedule.batch_size, padded=how == "padded")
+    is_packed = spec.compute.packing and not methods.is_padded(spec.method)
+    how = "packed" if is_packed else "virtual" if spec.method.kind in methods.VIRTUAL else "padded"
+    tokens = rows.tokens(spec.schedule.batch_size, padded=not is_packed)
+    if spec.method.kind == "prompt":  # they go through every layer, and have logits
+        tokens += spec.schedule.batch_size * spec.method.tokens
 
     def numbers(table: dict) -> float:
         return table[how][0] * info.hidden + table[how][1] * info.intermediate
@@ -223,13 +225,20 @@ def _picture_parts(parts: dict[str, int], spec: TrainSpec, info: BaseInfo, rows:
     if spec.task.text_encoder:
         parts["encoders kept"] = int(encoders * wide)
     parts["VAE"] = vae * 4
-    places, fast = spec.task.resolution**2 * spec.task.frames, cpu and spec.compute.fused
+    places, fast = spec.task.resolution**2 * spec.task.frames, cpu and spec.compute.fused and spec.method.kind != "full"
     parts["VAE's activations"] = int(places * channels * 4 * 6)
     parts["latents"] = rows.count * int(places / shrink**2) * latent * 8
     parts["activations"] = int(spec.schedule.batch_size * _kept_of_pictures(spec, info, shrink, keeps_scores=fast) * wide)
     if fast:
-        targets = info.targets(spec.method.targets)
+        targets = _adapted_ends(spec, info)
         parts["layouts"] = int(2 * wide * sum(out * columns for name, out, columns in info.linears if "conv" in name and not _is_adapted(name, targets)))
+
+
+def _adapted_ends(spec: TrainSpec, info: BaseInfo) -> list[str]:
+    """The ends of the names of the layers that an adapter goes on, or of the base itself those that learn."""
+    if spec.method.kind != "full":
+        return info.targets(spec.method.targets)
+    return [name for name, *_ in info.linears if methods.learns(spec.method, f"{name}.weight", (2, 2))]
 
 
 def _is_adapted(name: str, targets: list[str]) -> bool:
@@ -241,7 +250,7 @@ def _kept_of_pictures(spec: TrainSpec, info: BaseInfo, shrink: int, *, keeps_sco
     latent = spec.task.resolution / shrink
     family = families.of_pipeline(info.pipeline)
     frames = (spec.task.frames + 3) // 4
-    total, blocks, targets = 0.0, {}, info.targets(spec.method.targets)
+    total, blocks, targets = 0.0, {}, _adapted_ends(spec, info)
     levels = 1 + max((int(found[1]) for name, *_ in info.linears if (found := re.match(r"(?:down|up)_blocks\.(\d+)", name))), default=0)
     for name, rows, columns in info.linears:
         places = frames * (latent / family.patch) ** 2 if family.component == "transformer" else (latent / 2 ** _level(name, levels)) ** 2
@@ -361,7 +370,7 @@ def _ways(spec: TrainSpec, on_gpu: bool) -> list[list[dict]]:
     else:
         ways.append([{"compute.quantize": "4bit"}] if spec.compute.quantize == "none" and importlib.util.find_spec("bitsandbytes") else [])
         ways.append([{"task.max_length": length} for by in (2, 4, 8) if (length := spec.task.max_length // by) >= 32])
-        ways.append([{"compute.packing": True}] if not spec.compute.packing else [])
+        ways.append([{"compute.packing": True}] if not (spec.compute.packing or methods.is_padded(spec.method)) else [])
     return [[values for values in way if not _is_refused(changed(spec, values))] for way in ways]
 
 

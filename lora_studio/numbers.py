@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_studio import adapters, bases, library
-from lora_studio.adapters import Card
+from lora_studio.adapters import Card, virtual
 from lora_studio.errors import AdapterError, StudioError
 from lora_studio.jobs import bench
 from lora_studio.spec import Base
@@ -15,7 +15,7 @@ from lora_studio.workspace import Workspace
 # 2 + 2 in bf16, 12 in fp32 (Rajbhandari et al. 2020, arXiv 1910.02054, section 3.1).
 LEARNT, FROZEN = 16, 4
 # What the multiply-adds of a method that has no rank are.
-FORMULAS = {"ia3": "Σ out", "oft": "Σ in·side of a block"}
+FORMULAS = {"ia3": "Σ out", "oft": "Σ in·side of a block", **dict.fromkeys(virtual.WORDS, "2·virtual tokens·layers·width of a query")}
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Numbers:
     base_bytes: int | None = None
     base_work: int | None = None
     formula: str = "Σ r·(in + out)"
+    merges: bool = True
 
     @property
     def training(self) -> int | None:
@@ -57,7 +58,7 @@ class Numbers:
         if self.base_bytes:
             found[1] = ("file", f"{megabytes(self.bytes)} against {megabytes(self.base_bytes)} of the base: {percent(self.bytes, self.base_bytes)}")
         if self.base_work:
-            found[-1] = ("extra work unmerged", f"{self.work:,} multiply-adds a token, {self.formula}, on the base's {self.base_work:,}: {percent(self.work, self.base_work)} more; merged none")
+            found[-1] = ("extra work unmerged", f"{self.work:,} multiply-adds a token, {self.formula}, on the base's {self.base_work:,}: {percent(self.work, self.base_work)} more" + ("; merged none" if self.merges else ""))
         return found
 
 
@@ -71,22 +72,27 @@ def of_folder(folder: Path, *, base: str = "", revision: str | None = None) -> N
     """The numbers of an adapter's folder or file, beside those of its base where that is on this machine. Raises AdapterError."""
     card = adapters.inspect(folder)
     base = base or card.base
-    own = {"base": base, "parameters": card.parameters, "bytes": card.bytes, "work": work(card), "formula": FORMULAS.get(card.method, "Σ r·(in + out)")}
     try:
         info = bases.inspect(Base(id=base, revision=revision)) if base else None
     except (StudioError, ValueError):
         info = None
+    own = {"base": base, "parameters": card.parameters, "bytes": card.bytes, "work": work(card, info), "formula": FORMULAS.get(card.method, "Σ r·(in + out)")}
+    own["merges"] = card.method not in virtual.WORDS
     if info is None or info.folder is None:
         return Numbers(**own)
     size = sum(file.stat().st_size for file in _weights(info.folder))
     return Numbers(**own, base_parameters=info.parameters, base_bytes=size, base_work=work_of_base(info))
 
 
-def work(card: Card) -> int:
+def work(card: Card, info: bases.BaseInfo | None = None) -> int:
     """Multiply-adds a token that the layers of an adapter take beside the base: r·(in + out). An embedding's A is looked up, not multiplied.
-    IA3 takes out, OFT in times the side of its blocks, which have side·(side - 1)/2 entries each."""
+    IA3 takes out (in before a feedforward layer), each by a number of its own, OFT in times the side of its blocks, which have side·(side - 1)/2 entries each. With virtual tokens each query meets their
+    keys and values in every layer; how wide it is `info` of the base tells, else the adapter's own width is taken."""
     if card.method == "ia3":
-        return sum(layer.shape[0] for layer in card.layers.values())
+        return card.parameters
+    if card.method in virtual.WORDS:
+        wide = max((columns for name, _, columns in info.linears if name.endswith(".o_proj")), default=0) if info is not None else 0
+        return 2 * card.config["num_virtual_tokens"] * card.config["num_layers"] * (wide or card.config["token_dim"])
     if card.method == "oft":
         return sum(layer.shape[1] for layer in card.layers.values()) + 2 * card.parameters
     return sum(layer.rank * (layer.shape[-1] if layer.kind == "embedding" else layer.shape[0] + math.prod(layer.shape[1:])) for layer in card.layers.values())

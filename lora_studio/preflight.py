@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lora_studio import adapters, bases, continuing, data, families, fence, memory, pictures, rows, visits
+from lora_studio import adapters, bases, continuing, data, families, fence, memory, pictures, rates, rows, visits
 from lora_studio.adapters import assistant
 from lora_studio.errors import BaseModelError, DataError, MachineError, Problem, StudioError, TrainingError
 from lora_studio.home import home, presets_folder
@@ -50,7 +50,8 @@ def preflight(workspace: Workspace, spec: TrainSpec, *, deep: bool = False) -> R
     info = _check_base(spec, report)
     _check_data(spec, report, info.vocabulary if info else None)
     check_device(spec, report)
-    _check_lora_plus(spec, report)
+    report.facts["rates"] = rates.rates(spec)
+    report.problems += rates.problems(spec)
     _check_assistant(workspace, spec, info, report)
     report.problems += continuing.problems(workspace, spec, info)
     if info is not None:
@@ -60,6 +61,7 @@ def preflight(workspace: Workspace, spec: TrainSpec, *, deep: bool = False) -> R
     if deep and report.can_start:
         _merge_deep(spec, report)
     if info is not None:
+        _check_context(spec, info, report)
         _foresee(spec, info, report)
     return report
 
@@ -249,39 +251,13 @@ def _check_assistant(workspace: Workspace, spec: TrainSpec, info: bases.BaseInfo
             report.add("base.assistant", problem.sentence)
 
 
-def _check_lora_plus(spec: TrainSpec, report: Report) -> None:
-    """LoRA+ moves the best base rate down; a rate of B far above what trains well is worth a word."""
-    ratio = spec.optim.lora_plus_ratio
-    report.facts["rates"] = rates(spec)
-    if ratio and spec.optim.kind.startswith("adam") and spec.optim.lr * ratio * scale(spec) > 0.1:
-        report.add(
-            "optim.lr",
-            f"With LoRA+ B learns at {spec.optim.lr * ratio:.2g}, which is high for scale {scale(spec):.2g}. "
-            f"Try optim.lr {suggest_lr(spec.optim.lr, spec.task.kind):.2g}"
-            + (f", and the ratio {usual:g} that is usual here." if ratio > (usual := suggest_ratio(spec.task.kind)) else "."),
-            "warning",
-        )
-
-
-def rates(spec: TrainSpec) -> dict[str, float]:
-    """The learning rate of each role at its highest."""
-    return {"A": spec.optim.lr, "B": spec.optim.lr * (spec.optim.lora_plus_ratio or 1.0)}
-
-
-def suggest_ratio(kind: str) -> float:
-    """The ratio to try when LoRA+ is switched on: 16 for text (the authors' default), 4 for pictures (musubi-tuner's advice)."""
-    return 4.0 if kind == "image" else 16.0
-
-
-def suggest_lr(lr: float, kind: str = "chat") -> float:
-    """The base rate to try when LoRA+ is switched on. On text the best rate was seen to move down about eightfold at ratio 16, so that
-    B learns at twice the old rate; the same is taken for pictures."""
-    return float(f"{lr * 2 / suggest_ratio(kind):.2g}")
-
-
-def scale(spec: TrainSpec) -> float:
-    """The factor of B·A: alpha / rank, or alpha / sqrt(rank) when rank-stabilised."""
-    return methods.strength(spec.method)
+def _check_context(spec: TrainSpec, info: bases.BaseInfo, report: Report) -> None:
+    """Whether the longest row, with what virtual tokens stand before it, has room in what the base reads at once."""
+    rows = memory.rows_of_facts(report.facts) or report.rows
+    longest = int(min(rows.longest, getattr(spec.task, "max_length", 0))) + getattr(spec.method, "tokens", 0)
+    if info.context and longest > info.context:
+        most = info.context - getattr(spec.method, "tokens", 0)
+        report.add("task.max_length", f"Rows have up to {longest} tokens and {spec.base.id} reads {info.context} at once: what comes later it may not understand, or the run breaks off there. Set task.max_length to {most}.", "warning")
 
 
 def trainable_of(spec: TrainSpec, info: bases.BaseInfo) -> int:
@@ -292,21 +268,19 @@ def trainable_of(spec: TrainSpec, info: bases.BaseInfo) -> int:
 
 
 def _shapes(info: bases.BaseInfo) -> dict[str, list[int]]:
-    return bases.adaptable(info.folder) if info.folder is not None else {}
+    return {name: shape for name, shape in bases.adaptable(info.folder).items() if not name.startswith("text_encoder")} if info.folder is not None else {}
 
 
 def _check_layers(spec: TrainSpec, info: bases.BaseInfo, report: Report) -> None:
-    """Whether every pattern of full fine-tuning means something that learns."""
-    report.facts["targets"] = []
-    for pattern in spec.method.layers if spec.method.layers != "all" and info.folder is not None else ():
-        if not trainable_of(_with_layers(spec, [pattern]), info):
+    """What learns where no layer is chosen for an adapter, and whether every pattern of full fine-tuning means something that does."""
+    report.facts["targets"], layers = [], getattr(spec.method, "layers", "all")
+    if info.folder is not None and info.folder.is_file():
+        report.add("base.id", BaseModelError("base.full_file", id=spec.base.id))
+    for pattern in layers if layers != "all" and info.folder is not None else ():
+        if not trainable_of(memory.changed(spec, {"method.layers": [pattern]}), info):
             known = ", ".join(blocks(_shapes(info))[:6])
             report.add("method.layers", TrainingError("training.layers", pattern=pattern, id=spec.base.id, known=known))
     report.facts["trainable"] = trainable_of(spec, info)
-
-
-def _with_layers(spec: TrainSpec, layers: list[str]) -> TrainSpec:
-    return spec.model_copy(update={"method": spec.method.model_copy(update={"layers": layers})})
 
 
 def _trainable_texts(spec: TrainSpec, info: bases.BaseInfo) -> int:
@@ -320,7 +294,7 @@ def _trainable_texts(spec: TrainSpec, info: bases.BaseInfo) -> int:
 
 def _size_up(spec: TrainSpec, info: bases.BaseInfo, report: Report) -> None:
     """Trainable parameters and blocks, from the headers."""
-    if spec.method.kind == "full":
+    if spec.method.kind in methods.LAYERLESS:
         _check_layers(spec, info, report)
     elif info.linears and report.facts.get("targets"):
         report.facts["trainable"] = trainable_of(spec, info)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from lora_studio import durable, fence, settings
 from lora_studio.errors import HostError, RunError, StudioError
+from lora_studio.home import home
 from lora_studio.spec import TrainSpec
 from lora_studio.spec.captions import CaptionSpec
 from lora_studio.spec.compare import CompareSpec
@@ -282,6 +283,12 @@ def is_waiting(folder: Path) -> bool:
 def is_live(folder: Path) -> bool:
     """Whether a worker of this run lives."""
     return durable.is_locked(folder / "run.lock")
+
+
+def live() -> list[Path]:
+    """The folders of everybody's runs in which a worker lives."""
+    locks = (lock for pattern in ("runs/*/run.lock", "users/*/runs/*/run.lock") for lock in home().glob(pattern))
+    return sorted(lock.parent for lock in locks if is_live(lock.parent))
 
 
 def _tail(folder: Path) -> tuple[dict, ...]:

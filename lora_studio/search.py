@@ -1,6 +1,6 @@
 """The verbs of a weight search: start one as a run of the queue, and read what it found. It is followed, stopped and resumed as any run."""
 
-from lora_studio import bases, library, rows, runs, studio
+from lora_studio import bases, library, rows, runs, studio, visits
 from lora_studio.errors import RunError, SpecError
 from lora_studio.jobs import devices, queue
 from lora_studio.spec import Base
@@ -33,7 +33,7 @@ def start(workspace: Workspace, ids: list[str], data: list[dict | str], *, base:
     _check(spec)
     device = devices.resolve(spec.device)
     run = runs.create(workspace, spec)
-    runs.set_card(run, base=spec.base.id, method="search")
+    runs.set_card(run, base=spec.base.id, method="search", needs_token=visits.needs_token(workspace, spec.as_training()))
     queue.add(workspace, run, device=device)
     queue.pump()
     return run.name

@@ -266,7 +266,7 @@ def who(token: str | None = None) -> hub.Account:
     return hub.who(token)
 
 
-def _own(workspace: Workspace, token: str | None) -> str | None:
+def own_token(workspace: Workspace, token: str | None) -> str | None:
     """The token to use: where none is given the machine's own login, which is never a visitor's."""
     return "" if token is None and workspace.limits is not None else token
 
@@ -275,7 +275,7 @@ def draft(workspace: Workspace, id: str, to: Push, *, token: str | None = None) 
     """What `publish` would send, without asking the Hub anything. Raises HubError or AdapterError."""
     to.check()
     with _staged(workspace, library.card(workspace, id), to) as (folder, files):
-        items = hub.plan(folder, files, token=_own(workspace, token))
+        items = hub.plan(folder, files, token=own_token(workspace, token))
         return Draft(str(files["README.md"]), [(item.path, item.size) for item in items], hub.scan(items))
 
 
@@ -285,12 +285,12 @@ def publish(workspace: Workspace, id: str, to: Push, *, token: str | None = None
     known = library.card(workspace, id)
     listed = partial(_listed, _facts(workspace, known, to.license, curve=""), to)
     with _staged(workspace, known, to) as (folder, files):
-        done = hub.publish(folder, to.repo, private=to.private, token=_own(workspace, token), files=files, wish=to, listing=listed, report=report)
+        done = hub.publish(folder, to.repo, private=to.private, token=own_token(workspace, token), files=files, wish=to, listing=listed, report=report)
     record = {"repo": to.repo, "commit": done.commit, "private": done.private, "url": done.url}
     more = {"folder": to.folder, "tag": done.tag, "pull_request": done.pull_request, "collection": done.collection}
     record |= {name: value for name, value in more.items() if value}
-    if record not in known["publications"]:
-        library.update(workspace, id, publications=[*known["publications"], record])
+    if known["publications"][-1:] != [record]:  # the last is where it stands now
+        library.update(workspace, id, publications=[*(one for one in known["publications"] if one != record), record])
     return done
 
 
@@ -378,7 +378,7 @@ def pull(
     parts = repo.split("/")
     repo, folder = ("/".join(parts[:2]), parts[2]) if len(parts) == 3 else (repo, "")
     with tempfile.TemporaryDirectory(dir=workspace.root, prefix=durable.TEMPORARY) as place:
-        pulled = hub.pull(repo, Path(place) / "adapter", revision=revision, subfolder=folder, token=_own(workspace, token))
+        pulled = hub.pull(repo, Path(place) / "adapter", revision=revision, subfolder=folder, token=own_token(workspace, token))
         source = f"{pulled.id}{f'/{folder}' if folder else ''}@{pulled.commit}"
         return _shelve_checked(workspace, pulled.folder, {"source": source, "name": folder or repo.rpartition("/")[2]}, name=name, base=base)
 
@@ -386,4 +386,4 @@ def pull(
 def suggest_repo(workspace: Workspace, id: str, *, owner: str | None = None, token: str | None = None) -> str:
     """A repository id for an adapter: the owner's name (by default the account's) and the adapter's, as the Hub accepts them.
     Raises HubError."""
-    return hub.names.suggest(library.card(workspace, id)["name"], owner=owner or hub.who(_own(workspace, token)).name)
+    return hub.names.suggest(library.card(workspace, id)["name"], owner=owner or hub.who(own_token(workspace, token)).name)

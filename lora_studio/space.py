@@ -12,8 +12,9 @@ from lora_studio import durable, hub
 from lora_studio.errors import HostError
 from lora_studio.home import PACKAGE
 
-# What people who sign in allow: making repositories and touching those made here, and reading gated bases.
-SCOPES = ["contribute-repos", "gated-repos", "jobs"]
+# What people who sign in allow: making repositories and touching those made here, reading gated bases, and what Publish offers beside
+# that: pull requests and collections. (https://huggingface.co/docs/hub/spaces-oauth#scopes)
+SCOPES = ["contribute-repos", "gated-repos", "jobs", "write-discussions", "write-collections"]
 PYTHON, GRADIO = "3.12", "6.31.0"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 CODE = ("app.py", "lora_studio", "presets", "requirements.txt", "LICENSE", "pyproject.toml")
@@ -45,13 +46,13 @@ A studio to train, blend and publish LoRA adapters, for language and image model
 
 Settings of this Space (Settings → Variables and secrets): `LORA_STUDIO_OPEN` (owner or visitors), `LORA_STUDIO_OWNERS`, `LORA_STUDIO_BASES`
 (which bases visitors may use, with commas between them), `LORA_STUDIO_DISK_GB`, `LORA_STUDIO_UPLOAD_GB`, `LORA_STUDIO_RUNS`,
-`LORA_STUDIO_STEPS`, `LORA_STUDIO_HOURS`, `LORA_STUDIO_CACHE_GB` (how much of the models that were fetched is kept). {lasts}
+`LORA_STUDIO_STEPS`, `LORA_STUDIO_ADAPTERS` (of one run), `LORA_STUDIO_HOURS`, `LORA_STUDIO_CACHE_GB` (how much of the models that were fetched is kept). {lasts}
 """
 OPEN = {
     "owner": "It belongs to whoever this Space belongs to: the owner signs in, others may duplicate it.",
     "visitors": "Everybody who signs in has a workspace of their own: rows, runs, adapters, and a place in the queue.",
 }
-LASTS = "Attach a storage bucket at `/data` and set `LORA_STUDIO_STORAGE=/data`, and what was made outlives a restart."
+LASTS = "Attach a storage bucket at `/data` and set `LORA_STUDIO_STORAGE=/data`, and what was made outlives a restart. Without it, whoever signs in may keep their work in a private repository of theirs: **Keep my work** on the page."
 
 
 def write(target: Path, *, hardware: str = "cpu", open_to: str = "owner", title: str = "LoRA Studio") -> list[str]:
@@ -126,6 +127,5 @@ def readme(hardware: str, *, open_to: str = "owner", title: str = "LoRA Studio")
 
 def deploy(folder: Path, repo: str, *, hardware: str, open_to: str, private: bool = True, token: str | None = None, report=None) -> str:
     """Push the folder of a Space to the Hub, making it where it is not there, with LORA_STUDIO_OPEN set. Returns its address. Raises HubError."""
-    return hub.deploy(
-        folder, repo, sdk=HARDWARE[hardware].sdk, variables={"LORA_STUDIO_OPEN": open_to}, private=private, token=token, report=report
-    )
+    variables = {"LORA_STUDIO_OPEN": open_to}
+    return hub.deploy(folder, repo, sdk=HARDWARE[hardware].sdk, variables=variables, private=private, token=token, report=report).url

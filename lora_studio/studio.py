@@ -11,9 +11,10 @@ from pathlib import Path
 
 from lora_studio import advice, bases, data, durable, fence, presets, runs, settings, visits
 from lora_studio.errors import HostError, RunError, SpecError
-from lora_studio.home import home, presets_folder
+from lora_studio.home import presets_folder
 from lora_studio.jobs import checks, devices, local, queue
-from lora_studio.preflight import Report, gigabytes, pinned, preflight, rates, scale, suggest_lr, suggest_ratio
+from lora_studio.preflight import Report, gigabytes, pinned, preflight
+from lora_studio.rates import rates, scale, suggest_lr, suggest_ratio
 from lora_studio.spec import TrainSpec, parse
 from lora_studio.spec.idle import foreign
 from lora_studio.workspace import Workspace
@@ -25,7 +26,7 @@ SAMPLE = re.compile(r"[0-9a-f]{16}\.png")
 
 # ---- specs
 
-METHOD_NAMES = {"dylora": "DyLoRA", "adalora": "AdaLoRA", "vera": "VeRA", "loha": "LoHa", "lokr": "LoKr", "miss": "MiSS", "oft": "OFT", "ia3": "IA3", "full": "full fine-tuning"}
+METHOD_NAMES = {"dylora": "DyLoRA", "adalora": "AdaLoRA", "vera": "VeRA", "loha": "LoHa", "lokr": "LoKr", "miss": "MiSS", "oft": "OFT", "ia3": "IA3", "prompt": "prompt tuning", "prefix": "prefix tuning", "full": "full fine-tuning"}
 
 
 def compose(preset: str | None = None, tree: dict | None = None, overrides: list[str] = ()) -> TrainSpec:
@@ -226,7 +227,7 @@ def force_stop(workspace: Workspace, id: str) -> None:
 
 def save_all(*, seconds: float) -> int:
     """Ask every run of everybody to stop and save, because the machine goes, and wait for them. Returns how many ended."""
-    live = [lock.parent for pattern in ("runs/*/run.lock", "users/*/runs/*/run.lock") for lock in home().glob(pattern) if runs.is_live(lock.parent)]
+    live = runs.live()
     for folder in live:
         runs.ask(folder, "stop", save=True)
     until = time.monotonic() + seconds
@@ -305,7 +306,8 @@ def method_in_words(spec: TrainSpec) -> str:
         layers = "" if method.layers == "all" else f" of {', '.join(method.layers)}"
         return f"full fine-tuning{layers}" + (f", as a LoRA of rank {method.rank}" if method.save == "lora" else "")
     if method.kind != "lora":
-        own = f", rank {method.rank}" if hasattr(method, "rank") else f", blocks of {method.block}" if method.kind == "oft" else ""
+        own = f", blocks of {method.block}" if method.kind == "oft" else f", {method.tokens} virtual tokens" if hasattr(method, "tokens") else ""
+        own = f", rank {method.rank}" if hasattr(method, "rank") else own
         return f"{METHOD_NAMES[method.kind]}{own}" + (f", alpha {method.alpha:g}" if hasattr(method, "alpha") else "")
     plus = f"LoRA+ ×{spec.optim.lora_plus_ratio:g}" if spec.optim.lora_plus_ratio else "LoRA"
     plus = ("DoRA" + plus.removeprefix("LoRA")) if method.dora else plus

@@ -7,7 +7,7 @@ from typing import get_args, get_origin
 
 import yaml
 
-from lora_studio import memory, runs, studio, visits
+from lora_studio import fence, memory, runs, studio, visits
 from lora_studio.errors import Problem, RunError, SpecError
 from lora_studio.jobs import checks, queue
 from lora_studio.preflight import Report, gigabytes, pinned, preflight
@@ -17,6 +17,7 @@ from lora_studio.workspace import Workspace
 
 OWN = ("adapter", "gradients", "optimizer")  # what each adapter has for itself
 ADAPTERS = "adapters and optimizers"
+MORE_MEMORY = 1.15  # what a sweep on a CPU takes of one run's memory, where nobody says how many go through the model at once
 
 
 def compose(run: TrainSpec, over: list[str] = (), **asked) -> SweepSpec:
@@ -103,6 +104,9 @@ def check(workspace: Workspace, spec: SweepSpec, *, deep: bool = False) -> Repor
                 report.problems.append(Problem(problem.path, words, problem.level))
             said.add((problem.path, problem.sentence))
     report.facts |= {"variants": len(found), "adapters": len(sweep.lanes(spec, found))}
+    visited = fence.too_many(workspace, report.facts["adapters"])
+    if visited:
+        report.add("over", visited)
     if "memory_parts" in report.facts:
         _size_up(spec, adapters, report)
     return report
@@ -113,8 +117,10 @@ def _size_up(spec: SweepSpec, adapters: int, report: Report) -> None:
     their optimizers, and what the backward pass needs counts for each that goes through the model at once."""
     parts, device, count = report.facts["memory_parts"], report.facts["device"], report.facts["adapters"]
     batch = parts.get("activations", 0) + (0 if spec.run.compute.packing else parts.get("logits", 0))
-    at_once = min(spec.together or count, count)
     shared = report.facts["memory"] - sum(parts.get(name, 0) for name in OWN) - batch
+    at_once = min(spec.together or count, count)
+    if spec.together is None and batch and not device.startswith("cuda"):
+        at_once = int(min(max((MORE_MEMORY * report.facts["memory"] - shared - adapters) // batch, 1), count))
     needed = shared + adapters + at_once * batch
     free = checks.free_memory(device)
     report.facts |= {
@@ -152,8 +158,11 @@ def start(workspace: Workspace, spec: SweepSpec) -> str:
     report = check(workspace, spec)
     if not report.can_start:
         raise SpecError("spec.problems", problems=[problem for problem in report.problems if problem.level == "error"])
+    if report.facts.get("at_once", report.facts["adapters"]) < report.facts["adapters"]:
+        spec = spec.model_copy(update={"together": report.facts["at_once"]})  # a run that goes on does so in the same passes
     folder = runs.create(workspace, _pinned(spec))
-    runs.set_card(folder, base=spec.run.base.id, method="sweep", needs_token=visits.needs_token(workspace, spec.run))
+    needs = any(visits.needs_token(workspace, one.spec) for one in sweep.variants(spec))
+    runs.set_card(folder, base=spec.run.base.id, method="sweep", needs_token=needs)
     queue.add(workspace, folder, device=report.facts["device"])
     queue.pump()
     return folder.name

@@ -36,9 +36,8 @@ def needs_token(workspace: Workspace, spec: TrainSpec) -> bool:
 
 def end_overlong(limits: Limits) -> None:
     """Ask visitors' runs that have worked longer than they may to stop and save."""
-    for lock in home().glob("users/*/runs/*/run.lock"):
-        folder = lock.parent
-        if not runs.is_live(folder) or runs.asked(folder, "stop"):
+    for folder in runs.live():
+        if not folder.is_relative_to(home() / "users") or runs.asked(folder, "stop"):
             continue
         begun = next((event["time"] for event in reversed(runs.read(folder)[0]) if event["kind"] in ("launched", "started")), time.time())
         if time.time() - begun > limits.seconds:

@@ -5,7 +5,6 @@ even a worker killed for memory leaves a sentence behind and the queue moves on.
 `--check` reads a spec from its input and says what its rows look like as tokens.
 """
 
-import contextlib
 import errno
 import json
 import os
@@ -53,6 +52,8 @@ def _handed() -> str:
 
 def keep(folder: Path, handles: list[int]) -> int:
     """Run the job of `folder` in a child, see to it that a request to stop is obeyed, and say how it ended."""
+    from lora_studio.jobs import local
+
     for handle in handles:
         os.set_inheritable(handle, True)
     token = _handed()
@@ -61,9 +62,7 @@ def keep(folder: Path, handles: list[int]) -> int:
         stdin=subprocess.PIPE if token else subprocess.DEVNULL,
         pass_fds=handles,
     )
-    if token:
-        with contextlib.suppress(BrokenPipeError), child.stdin as pipe:
-            pipe.write(f"{token}\n".encode())
+    local.hand_over(child, token)
     while child.poll() is None:
         time.sleep(LOOK_SECONDS)
         request = runs.asked(folder, "stop")
@@ -140,7 +139,7 @@ def work(folder: Path) -> int:
             return 0
         except StudioError as error:
             print(f"error: {error}", flush=True)
-            if error.key == "base.bad_token" and fence.lent():
+            if error.key in ("base.bad_token", "data.bad_token") and fence.lent():
                 return REFUSED  # the keeper puts the run back into the queue, until its owner has signed in again
             events.emit("failed", reason=str(error), key=error.key)
             return 1

@@ -7,11 +7,13 @@ import pytest
 import torch
 import transformers
 
-from lora_studio import baking, library
+from lora_studio import baking, exports, library, shelf
 from lora_studio.errors import BakeError, BenchError, BlendError
 from lora_studio.jobs import bench
 from tests import tiny
 from tests.test_cli import command
+from tests.test_dora import dora, merged
+from tests.test_multiplied import multiplying_one
 
 
 @pytest.fixture(autouse=True)
@@ -91,3 +93,34 @@ def test_bake_and_extract_on_the_command_line_are_each_others_way_back(workspace
     assert all((after[name].delta() - 0.5 * module.delta()).norm() < 1e-3 * module.delta().norm() for name, module in before.items())
     assert library.card(workspace, done["id"])["recipe"]["extracted"]["rank"] == 4
     assert "differ in no layer" in command("extract", base, base, "--name", "none", "--rank", "4", code=1).stderr
+
+
+def test_a_dora_adapter_is_baked_with_its_own_formula_on_the_card_and_its_adapter_is_taken_out_again(workspace, base, tmp_path):
+    id = library.add(workspace, dora(base, tmp_path / "dora", targets=["q_proj"]), {"name": "mine", "base": str(base)})
+    plain = add(workspace, base, "plain", seed=2, size=0.5)
+    assert baking.preview(workspace, [[id, 0.5], [plain, 1.0]])["loss"] < 1e-6
+    list(baking.bake(workspace, [[id, 1.0]], tmp_path / "out"))
+    assert "of a DoRA adapter `weight * (m / |V| * V - W0)`" in (tmp_path / "out" / "README.md").read_text()
+    found, meant = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict(), merged(base, tmp_path / "dora").state_dict()
+    assert all(torch.allclose(value, meant[name], rtol=0, atol=1e-6) for name, value in found.items())
+    *_, done = baking.extract(workspace, str(tmp_path / "out"), str(base), name="taken out", loss=0.01)
+    assert done["loss"] <= 0.01 and shelf.blend(workspace, [(done["id"], 0.5), (plain, 1.0)], name="both")[1]["loss"] < 1e-6
+    for act in (lambda: shelf.preview(workspace, [(id, 1.0)]), lambda: baking.preview(workspace, [[id, 1.0], [plain, 1.0]], merge={"how": "ties", "density": 0.5})):
+        with pytest.raises(BlendError, match="mine is a DoRA adapter"):
+            act()
+    assert [form.name for form in exports.forms(workspace, id) if not form.against] == ["peft"]
+
+
+@pytest.mark.parametrize(("kind", "formula"), [("oft", "of an OFT adapter `weight * (W0 @ R.T - W0)`"), ("ia3", "of an IA3 adapter `weight * (l - 1) * W0`")])
+def test_an_adapter_that_multiplies_is_baked_with_its_own_formula_and_a_plain_one_is_taken_out_again(workspace, base, tmp_path, kind, formula):
+    id = library.add(workspace, multiplying_one(base, tmp_path / kind, kind, target_modules=["q_proj", "up_proj"], **({"feedforward_modules": []} if kind == "ia3" else {})), {"name": "mine", "base": str(base)})
+    plain = add(workspace, base, "plain", seed=2, size=0.5)
+    assert baking.preview(workspace, [[id, 0.5], [plain, 1.0]])["loss"] < 1e-6
+    list(baking.bake(workspace, [[id, 1.0]], tmp_path / "out"))
+    assert formula in (tmp_path / "out" / "README.md").read_text() and "DoRA" not in (tmp_path / "out" / "README.md").read_text()
+    found, meant = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict(), merged(base, tmp_path / kind).state_dict()
+    assert all(torch.allclose(value, meant[name], rtol=0, atol=1e-6) for name, value in found.items())
+    *_, done = baking.extract(workspace, str(tmp_path / "out"), str(base), name="taken out", loss=0.01)
+    assert done["loss"] <= 0.01 and shelf.blend(workspace, [(done["id"], 0.5), (plain, 1.0)], name="both")[1]["loss"] < 1e-6
+    with pytest.raises(BlendError, match=f"mine is an {kind.upper()} adapter.*`extract`"):
+        shelf.preview(workspace, [(id, 1.0)])

@@ -63,3 +63,12 @@ def test_a_written_file_is_synced_before_the_call_returns(tmp_path, monkeypatch)
     monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.readlink(f"/proc/self/fd/{handle}")))
     durable.write(tmp_path / "a", "x")
     assert synced[0].startswith(str(tmp_path / durable.TEMPORARY)) and synced[-1] == str(tmp_path)
+
+
+def test_a_published_folder_has_folders_in_it_and_copies_what_is_given_as_a_place(tmp_path):
+    given = tmp_path / "given.bin"
+    given.write_bytes(bytes(range(256)) * 40_000)  # longer than a portion
+    durable.publish_folder(tmp_path / "out", {"unet/weights.bin": given, "model_index.json": b"{}"})
+    assert (tmp_path / "out" / "unet" / "weights.bin").read_bytes() == given.read_bytes() and durable.damage(tmp_path / "out") is None
+    (tmp_path / "out" / "unet" / "weights.bin").write_bytes(b"other")
+    assert "unet/weights.bin has 5 bytes" in durable.damage(tmp_path / "out")

@@ -124,7 +124,7 @@ def test_an_overlong_run_is_asked_to_stop_and_save(ana):
 def test_the_machines_own_login_is_never_a_visitors(ana, monkeypatch):
     monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_" + "owner" * 6)
     with pytest.raises(StudioError) as caught:
-        shelf.hub.who(shelf._own(ana, None))
+        shelf.hub.who(shelf.own_token(ana, None))
     assert caught.value.key == "hub.no_token"
 
 

@@ -9,13 +9,13 @@ import lora_studio
 
 PACKAGE = Path(lora_studio.__file__).parent
 FLOORS = {
-    0: ["errors", "sentences", "spec", "problems", "settings", "families", "presets", "home", "weights", "__init__"],
-    1: ["lowrank", "blend", "merging", "products", "ranks", "sketch", "conflicts"],
-    2: ["durable", "fence", "hosting", "storage", "caches", "workspace", "runs", "data", "rows", "bases", "memory", "advice", "continuing", "single_files", "library", "adapters", "checkpoints", "hub", "card", "listing", "pictures"],
+    0: ["errors", "sentences", "spec", "problems", "settings", "families", "presets", "home", "weights", "rates", "__init__"],
+    1: ["lowrank", "dora", "multiplied", "blend", "merging", "products", "ranks", "sketch", "conflicts"],
+    2: ["allotment", "durable", "fence", "hosting", "storage", "caches", "workspace", "runs", "data", "rows", "bases", "memory", "advice", "continuing", "single_files", "library", "adapters", "checkpoints", "hub", "card", "listing", "pictures"],
     3: ["worker", "bench", "zerogpu", "training", "inference", "demo"],
     4: ["jobs"],
-    5: ["studio", "albums", "baking", "exports", "lineage", "tryouts", "shelf", "formats", "merges", "space", "judging", "search", "sweeps", "comparisons", "grids", "preflight", "options", "visits", "numbers", "retries", "doctor"],
-    6: ["cli", "cli_captions", "cli_compare", "cli_judge", "cli_merge", "cli_shelf", "cli_space", "cli_sweep", "ui", "__main__"],
+    5: ["studio", "albums", "baking", "exports", "lineage", "tryouts", "shelf", "formats", "merges", "space", "demo_space", "judging", "search", "sweeps", "comparisons", "grids", "preflight", "options", "visits", "numbers", "retries", "doctor", "keeping"],
+    6: ["cli", "cli_captions", "cli_compare", "cli_judge", "cli_keep", "cli_merge", "cli_shelf", "cli_space", "cli_sweep", "ui", "__main__"],
 }
 FLOOR = {name: number for number, names in FLOORS.items() for name in names}
 ONLY = {"torch": {1, 2, 3}, "transformers": {3}, "peft": {3}, "diffusers": {3}, "accelerate": {3}, "cma": {3}, "gradio": {6}, "typer": {6}, "click": {6}}

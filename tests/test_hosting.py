@@ -60,8 +60,8 @@ def test_what_does_not_go_together_is_a_sentence(environment, key):
 
 
 def test_the_owner_sets_what_visitors_may_use():
-    limits = hosting.of({"LORA_STUDIO_BASES": "demo-*, Qwen/*", "LORA_STUDIO_DISK_GB": "1.5", "LORA_STUDIO_HOURS": "0.5", "LORA_STUDIO_RUNS": "1"}, host="127.0.0.1").limits
-    assert (limits.bases, limits.disk, limits.seconds, limits.runs) == (("demo-*", "Qwen/*"), 1_500_000_000, 1800.0, 1)
+    limits = hosting.of({"LORA_STUDIO_BASES": "demo-*, Qwen/*", "LORA_STUDIO_DISK_GB": "1.5", "LORA_STUDIO_HOURS": "0.5", "LORA_STUDIO_RUNS": "1", "LORA_STUDIO_ADAPTERS": "4"}, host="127.0.0.1").limits
+    assert (limits.bases, limits.disk, limits.seconds, limits.runs, limits.adapters) == (("demo-*", "Qwen/*"), 1_500_000_000, 1800.0, 1, 4)
     assert hosting.of({}, host="127.0.0.1").limits.bases == ("demo-text", "demo-image")
 
 

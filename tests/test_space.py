@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from lora_studio import cli, space
 from lora_studio.errors import HostError, HubError
+from lora_studio.ui import publish
 from tests.hosted.issuer import Issuer
 from tests.hub.server import Hub
 
@@ -63,6 +64,8 @@ def test_the_front_matter_is_what_the_hub_wants(hardware):
         "inference-api",
         "jobs",
         "write-discussions",
+        "read-collections",
+        "write-collections",
     }
     assert "write-repos" not in said["hf_oauth_scopes"] and "manage-repos" not in said["hf_oauth_scopes"], (
         "only what is made here may be touched"
@@ -76,6 +79,12 @@ def test_the_front_matter_is_what_the_hub_wants(hardware):
         assert re.fullmatch(r"3\.\d+", said["python_version"]) and isinstance(said["python_version"], str)
         assert f"gradio[oauth]=={said['sdk_version']}" in space.requirements(hardware).splitlines() and said["app_file"] == "app.py"
     assert text.startswith("# LoRA Studio")
+
+
+def test_a_space_asks_for_a_scope_for_everything_that_its_pages_offer():
+    """Otherwise each who wants it would have to paste a token of their own."""
+    for what, scopes in publish.NEEDED:
+        assert set(scopes) & set(space.SCOPES), what
 
 
 def test_our_own_readme_begins_with_the_front_matter_of_a_space():

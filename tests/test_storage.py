@@ -16,7 +16,7 @@ import pytest
 from lora_studio import durable, fence, runs, storage, studio
 from lora_studio.errors import HostError
 from lora_studio.spec import parse
-from lora_studio.storage import Storage
+from lora_studio.storage import Storage, folder
 from lora_studio.workspace import Workspace, local, of_visitor
 from tests import tiny
 from tests.campaigns import kills
@@ -105,7 +105,7 @@ class Cut(BaseException):
 
 def cut_at(monkeypatch, number: int) -> list[int]:
     """Let the writing and deleting in storages stop at the so-manyeth operation, half of it done. Returns the count so far."""
-    done, write, close, unlink = [0], storage._write, storage._close, Path.unlink
+    done, write, close, unlink = [0], folder._write, folder._close, Path.unlink
 
     def counted() -> bool:
         done[0] += 1
@@ -128,8 +128,8 @@ def cut_at(monkeypatch, number: int) -> list[int]:
             raise Cut
         unlink(path, missing_ok=missing_ok)
 
-    monkeypatch.setattr(storage, "_write", torn)
-    monkeypatch.setattr(storage, "_close", closed)
+    monkeypatch.setattr(folder, "_write", torn)
+    monkeypatch.setattr(folder, "_close", closed)
     monkeypatch.setattr(Path, "unlink", unlinked)
     return done
 
@@ -343,5 +343,5 @@ def test_a_run_whose_machine_went_with_its_disk_goes_on_to_the_identical_adapter
 
 def newest(place: Path) -> dict[str, str]:
     """The items of the newest manifest."""
-    found = sorted((place / "manifests").glob("*.json"), key=lambda path: -int(path.stem))
-    return next((body["items"] for path in found if (body := storage._read(path))), {})
+    found, kept = folder.Folder(place), Storage(place.parent / "nothing", place)
+    return next((body["items"] for number in found.manifests() if (body := kept._read(number))), {})

@@ -1,5 +1,6 @@
 """The verbs: what can be said before a run starts, and what comes out of it."""
 
+import json
 import zipfile
 
 import pytest
@@ -58,6 +59,23 @@ def test_lora_plus_with_a_high_base_rate_gets_a_suggestion(workspace, base, chat
     report = studio.preflight(workspace, parse(tiny.tree(base, chat_rows, optim={"lr": 0.01, "lora_plus_ratio": 16})))
     assert "Try optim.lr 0.0013" in report.problems[0].sentence
     assert studio.suggest_lr(2e-4) == 2.5e-5
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_rows_longer_than_the_base_reads_are_a_warning_that_knows_the_room(workspace, base, tmp_path, deep):
+    """tiny-llama reads 512 tokens. Virtual tokens take of that room."""
+    path = tmp_path / "long.jsonl"
+    path.write_text("".join(json.dumps({"messages": [{"role": "user", "content": "red fox?"}, {"role": "assistant", "content": "red fox " * 800}]}) + "\n" for _ in range(8)))
+
+    def told(most: int, **method) -> list:
+        tree = {**tiny.tree(base, path), "task": {"kind": "chat", "max_length": most}, "optim": {"lr": 0.02}, "validation": {"size": 0}}
+        report = studio.preflight(workspace, parse({**tree, **({"method": method} if method else {})}), deep=deep)
+        return [problem.sentence for problem in report.problems if problem.path == "task.max_length" and "at once" in problem.sentence]
+
+    (longer,), (with_virtual,) = told(768), told(512, kind="prompt", tokens=20)
+    assert told(512) == [] and "Set task.max_length to 512." in longer
+    assert "532 tokens" in with_virtual and "Set task.max_length to 492." in with_virtual
+    assert told(492, kind="prompt", tokens=20) == []
 
 
 def test_lora_plus_on_pictures_suggests_a_smaller_ratio_and_a_rate_half_as_high(workspace):

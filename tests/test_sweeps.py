@@ -12,6 +12,7 @@ import pytest
 from lora_studio import durable, library, runs, studio, sweeps
 from lora_studio.errors import RunError, SpecError
 from lora_studio.jobs import checks
+from lora_studio.preflight import preflight
 from lora_studio.spec import parse, sweep
 from tests import tiny
 
@@ -184,3 +185,17 @@ def test_the_command_line_trains_a_sweep_and_tells_the_best(home, base, chat_row
     assert lines[2].startswith("lr 0.005") and lines[3].startswith("lr 1e-06") and told["variants"][1]["library"] in lines[2]
     refused = call("sweep", str(file), "--over", "task.max_length=32,64")
     assert refused.returncode == 1 and "task.max_length cannot vary in a sweep" in refused.stderr
+
+
+def test_on_a_cpu_as_many_go_through_at_once_as_little_more_memory_allows(workspace, spec):
+    """And a run that goes on does so in the same passes, because its own file says how many."""
+    asked, run = ["compute.seed=0,1,2,3,4,5"], spec.model_copy(update={"schedule": spec.schedule.model_copy(update={"batch_size": 256})})
+    alone = preflight(workspace, run).facts["memory"]
+    facts = sweeps.check(workspace, sweeps.compose(run, asked)).facts
+    assert 1 < facts["at_once"] < 6 and facts["memory"] <= sweeps.MORE_MEMORY * alone < facts["memory"] + facts["memory_of_a_batch"]
+    id = sweeps.start(workspace, sweeps.compose(run, asked))
+    try:
+        assert sweeps.read(workspace.run_folder(id))[0].together == facts["at_once"]
+    finally:
+        studio.stop(workspace, id, save=False)
+    assert sweeps.check(workspace, sweeps.compose(run, asked, together=6)).facts["at_once"] == 6

@@ -10,7 +10,9 @@ from lora_studio.errors import Problem
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lora_studio.dora import Dora
     from lora_studio.lowrank import LowRank
+    from lora_studio.multiplied import Multiplied
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,8 @@ class Card:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter in memory: its low-rank updates by the name of the layer, its other tensors by their name in the file, its card."""
+    """An adapter in memory: its updates by the name of the layer, low-rank, DoRA's or those that multiply, its other tensors by their name in the file, its card."""
 
-    modules: dict[str, LowRank]
+    modules: dict[str, LowRank | Dora | Multiplied]
     extras: dict[str, Tensor]
     card: Card

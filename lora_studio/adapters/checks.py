@@ -1,10 +1,11 @@
 """Does an adapter fit: a base, by its headers; and other adapters, in a blend. Names what does not, and says the way out."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 from lora_studio import bases
 from lora_studio.adapters import config as configs
-from lora_studio.adapters import experts, multiplying, natives
+from lora_studio.adapters import experts, multiplying, natives, virtual
 from lora_studio.adapters.card import Card, Layer
 from lora_studio.adapters.files import shown
 from lora_studio.errors import AdapterError, BlendError, Problem
@@ -25,6 +26,8 @@ def base_shapes(folder: Path) -> Shapes:
 
 def check(card: Card, shapes: Shapes, *, label: str = "The adapter", base: str = "") -> list[Problem]:
     """How an adapter fits a base: layers that are not there, shapes that differ, targets it lacks, another base's name."""
+    if card.method in virtual.METHODS.values() and card.is_usable:
+        return _check_virtual(card, shapes, label, base)
     fitting = {name for name, layer in card.layers.items() if experts.slots(name, layer.shape, shapes)}
     places = {name: place(name, shapes) for name in card.layers if name not in fitting}
     own, total = card.base or "an unknown base", len(card.layers)
@@ -48,6 +51,25 @@ def check(card: Card, shapes: Shapes, *, label: str = "The adapter", base: str =
     if base and card.base and base != card.base:
         warnings.append(AdapterError("adapter.other_base", path=label, own=own, base=base))
     return [Problem("", str(error)) for error in errors] + [Problem("", str(error), "warning") for error in warnings]
+
+
+def _check_virtual(card: Card, shapes: Shapes, label: str, base: str) -> list[Problem]:
+    """How virtual tokens fit a base: as wide as its embedding, or as its keys and values, where the names of its weights tell; and its name."""
+    own, ends = card.base or "an unknown base", {}
+    for name, shape in shapes.items():
+        if "vision" not in name and "visual" not in name:
+            ends.setdefault(name.rsplit(".", 1)[-1], []).append(shape)
+    said = virtual.Sizes.model_validate(card.config)
+    if card.method == "prompt":
+        there = next((ends[end][0][-1] for end in EMBEDDINGS if end in ends), None)
+    else:
+        there = 2 * len(ends["o_proj"]) * max(shape[0] for shape in ends["k_proj"]) if {"o_proj", "k_proj"} <= ends.keys() else None
+    here, found = list(said.shape(card.method)), []
+    if there not in (None, here[1]):
+        found.append(Problem("", str(AdapterError("adapter.virtual_base", path=label, here=here, there=[here[0], there], base=base, own=own))))
+    if base and card.base and base != card.base:
+        found.append(Problem("", str(AdapterError("adapter.other_base", path=label, own=own, base=base)), "warning"))
+    return found
 
 
 def place(name: str, shapes: Shapes) -> str | None:
@@ -85,11 +107,12 @@ def _missing(card: Card, shapes: Shapes, present: set) -> list[str]:
     ]
 
 
-def refuse_blend(cards: dict[str, Card], *, prints: dict[str, str] | None = None) -> None:
-    """Raise BlendError naming the first adapter that cannot be blended yet, or the two whose bases differ. `prints` are hashes of the
-    bases where they are known; names decide otherwise."""
+def refuse_blend(cards: dict[str, Card], *, prints: dict[str, str] | None = None, takes: Collection[str] = ()) -> None:
+    """Raise BlendError naming the first adapter that cannot take part in a sum, or the two whose bases differ. `prints` are hashes of the
+    bases where they are known; names decide otherwise. `takes` are the methods that a verb can use beside those that add a product: dora,
+    oft and ia3, whose updates have full rank, prompt and prefix, which stand before the input."""
     for name, card in cards.items():
-        _refuse_one(name, card)
+        _refuse_one(name, card, takes)
     names = list(cards)
     for name in names[1:]:
         left, right = (prints or {}).get(names[0], ""), (prints or {}).get(name, "")
@@ -98,12 +121,15 @@ def refuse_blend(cards: dict[str, Card], *, prints: dict[str, str] | None = None
             raise BlendError("blend.bases", left=names[0], left_base=first, right=name, right_base=other)
 
 
-def _refuse_one(name: str, card: Card) -> None:
-    if card.method == "dora":
+def _refuse_one(name: str, card: Card, takes: Collection[str]) -> None:
+    taken = card.method in takes and card.format == "peft"
+    if card.method == "dora" and not taken:
         raise BlendError("blend.dora", name=name)
-    if card.method in multiplying.METHODS.values() and card.format == "peft":
+    if card.method in multiplying.METHODS.values() and card.format == "peft" and not taken:
         raise BlendError("blend.multiplies", name=name, method=card.method.upper())
-    if card.method not in ("lora", *natives.METHODS.values()) or card.format != "peft":
+    if card.method in virtual.METHODS.values() and card.format == "peft" and not taken:
+        raise BlendError("blend.virtual", name=name, what=virtual.WORDS[card.method])
+    if not taken and (card.method not in ("lora", *natives.METHODS.values()) or card.format != "peft"):
         raise BlendError("blend.method", name=name, method=card.method if card.format == "peft" else f"{card.format} {card.method}")
     if card.mutates:
         raise BlendError("blend.mutates", name=name, init=card.mutates)
@@ -111,6 +137,6 @@ def _refuse_one(name: str, card: Card) -> None:
         raise BlendError("blend.variant", name=name, variant=card.variants[0])
     if "bias" in card.extras.values():
         raise BlendError("blend.bias", name=name)
-    extras = [tensor for tensor, part in card.extras.items() if part != "copy"]
+    extras = [tensor for tensor, part in card.extras.items() if part not in ("copy", "magnitude", "virtual")]
     if extras:
         raise BlendError("blend.extras", name=name, tensor=shown(extras[0]))

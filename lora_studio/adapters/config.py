@@ -40,6 +40,21 @@ class PeftConfig(BaseModel):
     modules_to_save: list[str] = []
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
+    # of OFT
+    oft_block_size: Annotated[int, Field(ge=0, le=65536)] | None = None
+    block_share: bool = False
+    coft: bool = False
+    eps: Annotated[float, Field(ge=0, le=1e9)] = 6e-5
+    use_cayley_neumann: bool = True
+    num_cayley_neumann_terms: Annotated[int, Field(ge=1, le=1000)] = 5
+    peft_version: str = ""
+
+    @property
+    def is_old_oft(self) -> bool:
+        """Whether it is an OFT that PEFT itself no longer reads (its config.py): without blocks before 0.15, with another series before 0.18."""
+        version = re.match(r"(\d+)\.(\d+)", self.peft_version)
+        is_told = "use_cayley_neumann" in self.model_fields_set and self.use_cayley_neumann
+        return self.oft_block_size is None or (is_told and (version is None or (int(version[1]), int(version[2])) < (0, 18)))
 
     def rank_of(self, layer: str) -> int | None:
         """The rank the configuration gives a layer."""

@@ -40,13 +40,14 @@ FAMILIES = [
 @dataclass
 class Names:
     """The tensors of a PEFT file by what they are: `factors[layer]["A" | "B"]` are names of tensors, `kinds[layer]` its kind, `stacks` the
-    parameters of experts."""
+    parameters of experts, `magnitudes[layer]` the tensor of a DoRA layer's lengths."""
 
     factors: dict[str, dict[str, str]] = field(default_factory=dict)
     kinds: dict[str, str] = field(default_factory=dict)
     extras: dict[str, str] = field(default_factory=dict)
     twice: list[str] = field(default_factory=list)
     stacks: dict[str, Stack] = field(default_factory=dict)
+    magnitudes: dict[str, str] = field(default_factory=dict)
 
 
 def format_of(names: list[str]) -> str | None:
@@ -81,6 +82,8 @@ def split(names: list[str]) -> Names:
         layer, (part, kind) = ".".join(words[:at]), PARTS[words[at]]
         if part == "magnitude" or rest[-1:] == ["bias"]:
             found.extras[name] = "magnitude" if part == "magnitude" else "bias"
+            if part == "magnitude" and found.magnitudes.setdefault(layer, name) != name:
+                found.twice.append(layer)
             continue
         if part in found.factors.setdefault(layer, {}) or found.kinds.setdefault(layer, kind) != kind:
             found.twice.append(layer)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lora_studio.adapters import config as configs
-from lora_studio.adapters import dialects, experts, images, lycoris, multiplying, natives
+from lora_studio.adapters import dialects, experts, images, lycoris, multiplying, natives, virtual
 from lora_studio.adapters.card import Adapter, Card, Layer
 from lora_studio.adapters.files import FLOATS, NESTED, Entry, Header, locate, parse_json, read_header, shown
 from lora_studio.errors import AdapterError, Problem
@@ -16,7 +16,9 @@ from lora_studio.errors import AdapterError, Problem
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lora_studio.dora import Dora
     from lora_studio.lowrank import LowRank
+    from lora_studio.multiplied import Multiplied
 
 # How A and B may start without changing the base; every other way (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ, ...) does or might.
 KEEPS_BASE = {True, False, "gaussian", "eva", "orthogonal", "mica"}
@@ -55,6 +57,8 @@ def read(source: Path | str | dict[str, bytes], *, config: dict | None = None) -
     if card.method in natives.METHODS.values() and card.format == "peft":
         modules = natives.modules(names, tensors)
     elif card.method in multiplying.METHODS.values():
+        modules = multiplying.modules(place.label, card, tensors)
+    elif card.method in virtual.METHODS.values():
         modules = {}
     else:
         modules = _modules(card, names, tensors) if card.format == "peft" else _modules_of_image(card, names, tensors)
@@ -88,6 +92,8 @@ def _card(label: str, header: Header, raw: bytes | None, given: dict | None) -> 
         return _native_card(label, header, config, tree, facts)
     if config.peft_type in multiplying.METHODS:
         return _multiplying_card(label, header, config, tree, facts)
+    if config.peft_type in virtual.METHODS:
+        return _virtual_card(label, header, config, tree, facts)
     if config.peft_type != "LORA":
         method = shown(config.peft_type, 40)
         problem = _problem(AdapterError("adapter.method", path=label, method=method))
@@ -105,6 +111,7 @@ def _card(label: str, header: Header, raw: bytes | None, given: dict | None) -> 
     layers, problems = _layers(label, header, found, config)
     layers |= experts.layers(found.stacks, config, shapes)
     problems += _problems_of_extras(label, found, config)
+    problems += _problems_of_magnitudes(label, header, found, layers) if config.use_dora else []
     card = Card(
         "peft",
         "dora" if config.use_dora else "lora",
@@ -147,7 +154,19 @@ def _multiplying_card(label: str, header: Header, config: configs.PeftConfig, tr
         layers = multiplying.layers(label, header, config)
     except AdapterError as error:
         return Card("peft", method, problems=(_problem(error),), **known, **facts), dialects.Names()
-    return Card("peft", method, layers=layers, targets=tuple(sorted({name.rsplit(".", 1)[-1] for name in layers})), **known, **facts), dialects.Names()
+    targets = tuple(sorted({name.rsplit(".", 1)[-1] for name in layers}))
+    return Card("peft", method, fan_in_fan_out=config.fan_in_fan_out, layers=layers, targets=targets, **known, **facts), dialects.Names()
+
+
+def _virtual_card(label: str, header: Header, config: configs.PeftConfig, tree: dict, facts: dict) -> tuple[Card, dialects.Names]:
+    """A card for virtual tokens before the input: they are on no layer, and their one tensor is kept as it is."""
+    known = {"base": shown(config.base_model_name_or_path, 200), "revision": config.revision, "task_type": config.task_type, "config": tree}
+    method = virtual.METHODS[config.peft_type]
+    try:
+        virtual.sizes(label, header, config, tree)
+    except AdapterError as error:
+        return Card("peft", method, problems=(_problem(error),), **known, **facts), dialects.Names()
+    return Card("peft", method, extras={virtual.TENSOR: "virtual"}, **known, **facts), dialects.Names()
 
 
 def _stranger(label: str, names: list[str]) -> AdapterError:
@@ -285,6 +304,19 @@ def _problems_of_extras(label: str, found: dialects.Names, config: configs.PeftC
     return problems
 
 
+def _problems_of_magnitudes(label: str, header: Header, found: dialects.Names, layers: dict[str, Layer]) -> list[Problem]:
+    """Layers of a DoRA adapter without a magnitude for each output, and magnitudes of no layer."""
+    if not found.magnitudes:
+        return []
+    wrong = []
+    for name in dict.fromkeys([*layers, *found.magnitudes]):
+        entry, layer = header.tensors.get(found.magnitudes.get(name, "")), layers.get(name)
+        there, wanted = entry.count if entry else 0, 0 if layer is None else layer.shape[layer.kind == "embedding"]
+        if there != wanted or entry.dtype not in FLOATS:
+            wrong.append(AdapterError("adapter.magnitudes", path=label, name=shown(name), there=there, wanted=wanted))
+    return [_problem(error) for error in wrong[:MOST]]
+
+
 # ---- with values
 
 
@@ -299,7 +331,8 @@ def _tensor(file, entry: Entry) -> Tensor:
     return torch.frombuffer(data, dtype=getattr(torch, TORCH_NAMES[entry.dtype])).view(entry.shape)
 
 
-def _modules(card: Card, names: dialects.Names, tensors: dict[str, Tensor]) -> dict[str, LowRank]:
+def _modules(card: Card, names: dialects.Names, tensors: dict[str, Tensor]) -> dict[str, LowRank | Dora]:
+    from lora_studio.dora import Dora
     from lora_studio.lowrank import LowRank
 
     plain = {
@@ -307,6 +340,7 @@ def _modules(card: Card, names: dialects.Names, tensors: dict[str, Tensor]) -> d
         for name, layer in card.layers.items()
         if name in names.factors
     }
+    plain |= {name: Dora(plain[name], tensors[own].flatten()) for name, own in names.magnitudes.items()}
     return plain | experts.modules(names.stacks, card.layers, tensors)
 
 
@@ -323,7 +357,7 @@ def _modules_of_image(card: Card, parts: ImageParts, tensors: dict[str, Tensor])
     return found
 
 
-def _problems_of_values(label: str, tensors: dict[str, Tensor], modules: dict[str, LowRank], *, may_hold_more: bool) -> list[str]:
+def _problems_of_values(label: str, tensors: dict[str, Tensor], modules: dict[str, LowRank | Dora | Multiplied], *, may_hold_more: bool) -> list[str]:
     """Numbers that are none, and an adapter that changes nothing."""
     import torch
 
@@ -339,6 +373,15 @@ def _problems_of_values(label: str, tensors: dict[str, Tensor], modules: dict[st
         return [str(AdapterError("adapter.not_finite", path=label, name=shown(name), what=what, count=len(bad)))]
     if may_hold_more and sum(tensor.ndim > 1 for tensor in tensors.values()) > 2 * len(modules):  # a head, a bias or a token may change something by itself
         return []
-    if not any(bool(module.B.any()) and bool(module.A.any()) and module.scale for module in modules.values()):
-        return [str(AdapterError("adapter.no_effect", path=label, reason="every B (or A) is zero, as in one never trained"))]
+    if not any(_acts(module) for module in modules.values()):
+        reason = "every B (or A) is zero" if any(not hasattr(module, "moves") for module in modules.values()) else "it multiplies every layer by one"
+        return [str(AdapterError("adapter.no_effect", path=label, reason=f"{reason}, as in one never trained"))]
     return []
+
+
+def _acts(module: LowRank | Dora | Multiplied) -> bool:
+    """Whether an update changes anything."""
+    if hasattr(module, "moves"):
+        return module.acts
+    product = getattr(module, "product", module)
+    return bool(product.B.any()) and bool(product.A.any()) and bool(product.scale)

@@ -5,6 +5,7 @@
     plan.py       what will be written, from headers alone; everything that is wrong is said here
     writing.py    what no adapter touches byte for byte, the rest by rows, so that memory does not grow with the model
     whole.py      updates of full rank, which have no factors
+    rescaled.py   DoRA's, OFT's and IA3's, which are made from the base's own rows
     numbers.py    the rows, and how much of the update the rounding takes
     extract.py    the other way: the adapter between two models
 """

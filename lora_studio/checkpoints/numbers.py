@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from lora_studio.adapters.files import Entry
 from lora_studio.checkpoints.plan import WIDTHS, Change, Out, Plan
+from lora_studio.checkpoints.rescaled import Rescaled
 from lora_studio.checkpoints.whole import TILE, Whole
 
 BLOCK = 1 << 20  # bytes of fp32
@@ -76,13 +77,15 @@ def rewritten(given: int, out: Out, rows: range, scratch: Scratch):
 def summed(given: int, out: Out, rows: range, scratch: Scratch):
     """Rows of a tensor (n, the rest flat) with every change added, in fp32 or wider."""
     value = _read_rows(given, out, rows, scratch)
+    before = value.clone() if any(isinstance(change.module, Rescaled) for change in out.changes) else value
     for change in out.changes:
-        own = _own_rows(change, rows)
+        own = _own_rows(out, change, rows)
         if not own:
             continue
-        part = value if own == rows else value[own.start + (change.start or 0) - rows.start :][: len(own)]
-        if isinstance(change.module, Whole):
-            part.add_(_of_whole(change, own, value.dtype))
+        at = own.start + (change.start or 0) - rows.start
+        part = value[at : at + len(own)]
+        if isinstance(change.module, Whole | Rescaled):
+            part.add_(_in_full(given, out, change, own, before[at : at + len(own)]))
             continue
         B, A, left = _factors(change, own, value.dtype)
         if left == 1:
@@ -92,17 +95,30 @@ def summed(given: int, out: Out, rows: range, scratch: Scratch):
     return value
 
 
-def _own_rows(change: Change, rows: range) -> range:
+def _own_rows(out: Out, change: Change, rows: range) -> range:
     """Those of a tensor's rows that a change means, counted from where it begins."""
     if change.start is None:
         return rows
-    height = change.module.shape[1 if change.transposed else 0]
-    return range(max(0, rows.start - change.start), max(0, min(height, rows.stop - change.start)))
+    return range(max(0, rows.start - change.start), max(0, min(_height(out, change), rows.stop - change.start)))
 
 
-def _of_whole(change: Change, rows: range, dtype):
-    """These rows of an update of full rank."""
-    return change.module.rows(rows.start, rows.stop, transposed=change.transposed).to(dtype) * change.weight
+def _height(out: Out, change: Change) -> int:
+    """How many of a tensor's rows a change means: all, or those of one expert in a stack."""
+    return out.rows if change.start is None else out.source.shape[1]
+
+
+def _in_full(given: int, out: Out, change: Change, rows: range, before):
+    """These rows of an update of full rank; `before` are the base's."""
+    if isinstance(change.module, Whole):
+        return change.module.rows(rows.start, rows.stop, transposed=change.transposed).to(before.dtype) * change.weight
+
+    def stretches(wanted: range | None = None):
+        start, scratch, height = change.start or 0, Scratch(), _height(out, change)
+        stop, step = (start + height, len(blocks(out)[0])) if wanted is None else (start + wanted.stop, len(wanted))
+        for at in range(start + (wanted.start if wanted else 0), stop, step):
+            yield _read_rows(given, out, range(at, min(at + step, stop)), scratch)
+
+    return change.module.rows(before, rows.start, transposed=change.transposed, stretches=stretches) * change.weight
 
 
 def _factors(change: Change, rows: range, dtype):
@@ -193,16 +209,17 @@ def _errors(given: int, out: Out, rows: range, scratch: Scratch) -> tuple[float,
     """Squared norms of what rounding takes and of the update, in fp64."""
     import torch
 
-    before = _read_rows(given, out, rows, scratch).double()
+    before = _read_rows(given, out, rows, scratch).to(torch.float64, copy=True)
     after = summed(given, out, rows, scratch).to(_dtype(out.dtype)).double()
     update = torch.zeros_like(before)
     for change in out.changes:
-        own = _own_rows(change, rows)
+        own = _own_rows(out, change, rows)
         if not own:
             continue
-        part = update[own.start + (change.start or 0) - rows.start :][: len(own)]
-        if isinstance(change.module, Whole):
-            part += _of_whole(change, own, torch.float64)
+        at = own.start + (change.start or 0) - rows.start
+        part = update[at : at + len(own)]
+        if isinstance(change.module, Whole | Rescaled):
+            part += _in_full(given, out, change, own, before[at : at + len(own)])
         else:
             left, right, factor = _factors(change, own, torch.float64)
             part += factor * left @ right

@@ -10,6 +10,7 @@ from lora_studio import adapters, bases, durable
 from lora_studio.adapters import experts
 from lora_studio.adapters.checks import EMBEDDINGS, HEADS
 from lora_studio.adapters.files import Entry, Header, read_header
+from lora_studio.checkpoints.rescaled import Rescaled, Turned, by_rows
 from lora_studio.checkpoints.whole import Whole
 from lora_studio.errors import AdapterError, BakeError, BaseModelError
 from lora_studio.weights import Weight, by_layer
@@ -23,7 +24,7 @@ LAW = ("license", "licence", "notice", "use_policy", "copying")
 @dataclass(frozen=True)
 class Change:
     """One adapter's update of a tensor: the factors, the weight of that layer, whether the tensor lies transposed (fan_in_fan_out, embeddings), and of
-    an expert in a stack the row where it begins."""
+    an expert in a stack the row where it begins. A bias is a tensor of one column."""
 
     module: object
     weight: float
@@ -173,10 +174,10 @@ def _changes(names: dict, headers: dict, parts: list, base: Path) -> dict[tuple[
         own = adapter.card.base or "an unknown base"
         strangers, factors = [], by_layer(given, adapter.modules, label)
         for name, module in adapter.modules.items():
-            weight = factors[name]
-            slots = experts.slots(name, module.shape, shapes, model=model)
+            weight, module = factors[name], by_rows(module, name, label)
+            slots = experts.slots(name, module.shape, shapes, model=model) if not getattr(module, "of_outputs", False) else ()  # their biases lie apart
             for slot in slots if weight else ():
-                part = module.part(*slot.rows) if isinstance(module, Whole) else module.with_blocks([(module.B[slice(*slot.rows)], module.A)], module.scale)
+                part = module.part(*slot.rows) if isinstance(module, Whole | Rescaled) else module.with_blocks([(module.B[slice(*slot.rows)], module.A)], module.scale)
                 start = slot.start if slot.layer in stacks else None
                 found.setdefault(layers[slot.layer], []).append(Change(part, weight, slot.transposed, start))
             if slots:
@@ -194,10 +195,18 @@ def _changes(names: dict, headers: dict, parts: list, base: Path) -> dict[tuple[
                 raise AdapterError("adapter.other_shapes", path=label, name=name, here=list(wanted), there=list(there), base=base.name, count=1, own=own)
             if weight:
                 found.setdefault(layers[place], []).append(Change(module, weight, turned))
+            if weight and (bias := _bias(module, layers[place], names)):
+                found.setdefault(bias, []).append(Change(module, weight, False))
         if strangers:
             count, total = len(strangers), len(adapter.modules)
             raise AdapterError("adapter.unknown_layers", path=label, count=count, total=total, base=base.name, name=strangers[0])
     return {place: tuple(changes) for place, changes in found.items()}
+
+
+def _bias(module, place: tuple[str, str], names: dict) -> tuple[str, str] | None:
+    """The bias of a layer whose outputs an update multiplies; None where there is none or it stays."""
+    bias = (place[0], f"{place[1].removesuffix('.weight')}.bias")
+    return bias if isinstance(module, Turned) and module.of_outputs and bias in names else None
 
 
 def _layer(prefix: str, name: str) -> str:

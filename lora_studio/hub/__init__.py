@@ -7,7 +7,8 @@
     push.py     publish: look, upload what is missing, commit, look again, and only then say so
     extras.py   what may come with it: a folder, gating, a tag, a pull request, a collection
     pull.py     pull: one commit, checked file by file, whole or absent
-    spaces.py   push the folder of a Space
+    spaces.py   push the folder of a Space; how a repository stands
+    own.py      a private repository of one's own, committed to in one step
 
 The token is a parameter or the Hub's own login. It is never written, logged, or put into an error.
 """
@@ -18,6 +19,6 @@ from lora_studio.hub.names import check_id
 from lora_studio.hub.pull import Pulled, pull
 from lora_studio.hub.push import Published, publish
 from lora_studio.hub.scan import plan, scan
-from lora_studio.hub.spaces import deploy
+from lora_studio.hub.spaces import Standing, deploy, standing
 
-__all__ = ["Account", "Extras", "Published", "Pulled", "check_id", "deploy", "plan", "publish", "pull", "scan", "who"]
+__all__ = ["Account", "Extras", "Published", "Pulled", "Standing", "check_id", "deploy", "plan", "publish", "pull", "scan", "standing", "who"]

@@ -144,10 +144,10 @@ def _open(talk: Talk, private: bool | None, aim: Aim) -> Remote:
     """The repository, made if it is not there; refused when it is someone else's, or public where private was asked for. A pull request
     needs one that is there, and no right to write to it."""
     asks = aim.opens
-    remote = _find(talk, aim, "looking for the repository")
+    remote = find(talk, aim, "looking for the repository")
     if remote is None and not asks:
         taken = talk.do("making the repository", lambda: _create(talk, private))
-        remote = _find(talk, aim, "looking at the new repository")
+        remote = find(talk, aim, "looking at the new repository")
         if remote is None and taken:
             raise HubError("hub.foreign", id=talk.id, reason=talk.clean(taken))
     elif not asks:
@@ -159,7 +159,8 @@ def _open(talk: Talk, private: bool | None, aim: Aim) -> Remote:
     return remote
 
 
-def _find(talk: Talk, aim: Aim, doing: str) -> Remote | None:
+def find(talk: Talk, aim: Aim, doing: str) -> Remote | None:
+    """What is in a repository now; None when it is not there. Raises HubError."""
     try:
         return talk.do(doing, lambda: aim.look(talk), allow=(hub.RepositoryNotFoundError,))
     except hub.RepositoryNotFoundError as error:

@@ -159,6 +159,19 @@ def scan(items: Iterable[Item]) -> list[str]:
     return list(found)
 
 
+def secret_in(item: Item) -> str:
+    """What secret a file of any kind holds: the token in use, or what looks like a key or a password. Empty when none was found."""
+    if item.leaks:
+        return "the token you are signed in with"
+    suffix = Path(item.path).suffix.lower()
+    if suffix in TEXT | {".safetensors"}:
+        text = _text(item)
+    else:
+        text = "" if b"\0" in item.read(8192) else item.read(LARGEST_TEXT).decode("utf-8", "replace")
+    hit = next(((what, found) for what, pattern in SECRETS if (found := pattern.search(text))), None)
+    return f"{hit[0]} (line {text.count(chr(10), 0, hit[1].start()) + 1})" if hit else ""
+
+
 def _text(item: Item) -> str:
     """What can be read in a file: the text itself (that of Markdown as it is shown), or the free text in the header of a safetensors file."""
     suffix = Path(item.path).suffix.lower()

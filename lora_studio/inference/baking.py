@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from lora_studio import adapters, bases, checkpoints
+from lora_studio.adapters import multiplying
 from lora_studio.adapters.files import LINEAGE
 from lora_studio.errors import BenchError
 from lora_studio.inference import reshaping
@@ -12,6 +13,7 @@ from lora_studio.inference.requests import argument, base_of
 
 RECIPE = "lora_studio.json"
 EVERY = 1 << 26  # bytes between two reports
+BAKED = ("dora", *multiplying.METHODS.values())  # methods that are baked beside those that add a product
 
 
 def bake(reader, job, request: dict) -> tuple[str, dict]:
@@ -19,7 +21,7 @@ def bake(reader, job, request: dict) -> tuple[str, dict]:
     rank here. Without a target nothing is written: only what it would be, and what the precision takes."""
     base, dtype, target = base_of(request.get("base")), request.get("dtype"), request.get("target")
     how = reshaping.how_of(request["merge"]) if request.get("merge") else None
-    parts = reader.parts(job, request.get("parts"), least=2 if how else 1)
+    parts = reader.parts(job, request.get("parts"), least=2 if how else 1, takes=() if how else BAKED)
     job.doing = f"fetching {base.id}"
     folder = bases.fetch(base)
     job.check()

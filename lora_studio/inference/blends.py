@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections import OrderedDict
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -129,8 +130,9 @@ class Reader:
             "loss": loss.overall, "layers": loss.layers, "rank": max(module.rank for module in got.values()), "bytes": size, "parents": parents,
         }  # fmt: skip
 
-    def parts(self, job, given, *, least: int = 0) -> list[Part]:
-        """The adapters of a request, read or remembered. Raises StudioError naming the one that cannot be used."""
+    def parts(self, job, given, *, least: int = 0, takes: Collection[str] = ()) -> list[Part]:
+        """The adapters of a request, read or remembered; `takes` are the methods that are welcome beside those that add a product. Raises
+        StudioError naming the one that cannot be used."""
         given = [] if given is None else given
         if not isinstance(given, list) or len(given) < least:
             raise BenchError("bench.request", reason="parts must be a list of [path, weight], with at least one")
@@ -145,9 +147,10 @@ class Reader:
         names = [part.name if [other.name for other in found].count(part.name) == 1 else str(part.path) for part in found]
         cards = {name: part.adapter.card for name, part in zip(names, found)}
         prints = {name: print for name, card in cards.items() if (print := _print_of_base(card.base))}
-        adapters.refuse_blend(cards, prints=prints)
+        adapters.refuse_blend(cards, prints=prints, takes=takes)
         for part in found:
-            by_layer(part.weight, part.adapter.modules, part.name)
+            if part.adapter.modules:  # elsewhere there are no layers to weigh
+                by_layer(part.weight, part.adapter.modules, part.name)
         return found
 
     def _adapter(self, path: str) -> tuple[str, adapters.Adapter]:

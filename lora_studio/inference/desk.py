@@ -27,11 +27,13 @@ import gc
 import logging
 import time
 from collections import OrderedDict
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
 
 from lora_studio import bases, durable
+from lora_studio.adapters import multiplying, virtual
 from lora_studio.errors import BenchError
 from lora_studio.inference import baking, exporting, judging, reshaping, room, timing
 from lora_studio.inference.blends import Part, Reader, other_base
@@ -39,6 +41,7 @@ from lora_studio.inference.requests import argument, base_of, one_of
 from lora_studio.weights import Weight, acts, plus
 
 KEPT_ON_SHELF = 8
+TRIED = ("dora", *multiplying.METHODS.values(), *virtual.WORDS)  # methods that are tried beside those that add a product
 
 
 class Desk:
@@ -135,9 +138,9 @@ class Desk:
             job.send("picture", side=side, path=str(path))
         return "done", {"sides": told, "seconds": time.perf_counter() - started, "loads": self.loads}
 
-    def prepared(self, job, request: dict, sides: dict, kind: str) -> dict[str, list[Part]]:
-        """The adapters of every side, read, and the model, loaded; what is worth a word is said. Raises StudioError."""
-        parts = {side: self.reader.parts(job, rows) for side, rows in sides.items()}
+    def prepared(self, job, request: dict, sides: dict, kind: str, takes: Collection[str] = TRIED) -> dict[str, list[Part]]:
+        """The adapters of every side, read, and the model, loaded; what is worth a word is said. `takes`: see `Reader.parts`. Raises StudioError."""
+        parts = {side: self.reader.parts(job, rows, takes=takes) for side, rows in sides.items()}
         is_image = bool(bases.inspect(base_of(request.get("base"))).pipeline)
         if is_image != (kind == "image"):
             raise BenchError("bench.kind", base=base_of(request.get("base")).id, is_a="an image" if is_image else "a language", wanted=f"{'an' if kind == 'image' else 'a'} {kind}")
@@ -153,7 +156,7 @@ class Desk:
         weights: dict[str, Weight] = {}
         for part in parts:
             if part.id not in self.shelved:
-                self.shelf.put(part.id, part.adapter.modules, label=part.name)
+                self.shelf.hang(part.id, part.adapter, label=part.name)
                 self.shelved[part.id] = None
             self.shelved.move_to_end(part.id)
             weights[part.id] = plus(weights[part.id], part.weight, part.adapter.modules) if part.id in weights else part.weight

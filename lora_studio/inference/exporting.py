@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load, save
 
 from lora_studio import adapters, bases, blend, durable
-from lora_studio.adapters import dialects, gguf_files, pipeline_files
+from lora_studio.adapters import dialects, gguf_files, multiplying, pipeline_files, virtual
 from lora_studio.adapters.files import LINEAGE, read_metadata, reheaded
 from lora_studio.errors import AdapterError, BaseModelError, MachineError
 from lora_studio.inference import flux_files
@@ -48,7 +48,11 @@ def export(reader, job, request: dict) -> tuple[str, dict]:
         raise AdapterError("adapter.target", path=target)
     job.doing = "reading the adapter"
     adapter = adapters.read(path)
-    if not adapter.modules:
+    if adapter.card.method in virtual.WORDS:
+        raise AdapterError("export.virtual", what=virtual.WORDS[adapter.card.method])
+    if adapter.card.method == "dora":
+        raise AdapterError("export.dora")
+    if adapter.card.method in multiplying.METHODS.values() and adapter.card.format == "peft":
         raise AdapterError("export.multiplies", method=adapter.card.method.upper())
     base = _checked_base(request.get("base") or adapter.card.base, form)
     job.doing = f"writing it as {form}"

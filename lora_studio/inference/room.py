@@ -6,7 +6,6 @@ from pathlib import Path
 
 from lora_studio import durable, runs
 from lora_studio.errors import BenchError
-from lora_studio.home import home
 
 HOLD_SECONDS, LEAVING_SECONDS = 30.0, 10.0
 
@@ -79,5 +78,4 @@ def take(lock: durable.Lock, device: str, check: Callable[[], None]) -> None:
 
 def _worker_on(device: str) -> Path | None:
     """The run that works on a device and has not ended."""
-    folders = (path.parent for path in sorted([*home().glob("runs/*/run.lock"), *home().glob("users/*/runs/*/run.lock")]))
-    return next((folder for folder in folders if runs.is_live(folder) and not _is_over(folder) and runs.status(folder).device == device), None)
+    return next((folder for folder in runs.live() if not _is_over(folder) and runs.status(folder).device == device), None)

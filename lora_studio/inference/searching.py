@@ -4,7 +4,6 @@ Every try is a `step` event with its weights and its loss, written before the ne
 tries afterwards is what it would have tried. `eval` events tell the lowest loss so far, each time there is a lower one.
 """
 
-import os
 import time
 from math import inf, isfinite
 from pathlib import Path
@@ -12,7 +11,7 @@ from types import SimpleNamespace
 
 import torch
 
-from lora_studio import durable, runs
+from lora_studio import allotment, durable, runs
 from lora_studio.errors import MachineError, RunError, TrainingError
 from lora_studio.inference.blends import Part, Reader, other_base, parents_of
 from lora_studio.inference.hooks import Hooks
@@ -28,7 +27,7 @@ class Stopped(Exception):
 def run(folder: Path, desk) -> None:
     """Search the weights of the run in `folder`, from where it was cut off. Raises StudioError."""
     spec = spec_of(folder)
-    torch.set_num_threads(spec.threads or os.cpu_count() or 1)
+    torch.set_num_threads(spec.threads or allotment.cores())
     parts = Reader().parts(SimpleNamespace(doing=""), [[one.path, 1.0, one.name] for one in spec.adapters])
     judge = Judge(spec, parts, folder, note=lambda sentence: desk.emit("note", text=sentence))
     prints = {**judge.task.prints, "adapters": [parent["sha256"] for parent in parents_of(parts)]}

@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lora_studio import bases
-from lora_studio.errors import BenchError
+from lora_studio import adapters, bases
+from lora_studio.adapters import virtual
+from lora_studio.errors import BenchError, BlendError
+from lora_studio.inference.before import Before
 from lora_studio.inference.hooks import Active, Hooks
 from lora_studio.spec import Base
 from lora_studio.training import chat, encode
@@ -66,14 +68,44 @@ class Shelf(Hooks):
         self.tokenizer = encode.load_tokenizer(folder, base.id)
         self.model = training.load_model(folder, base.id, self.dtype).to(self.device).eval()
         super().__init__(self.model, base.id, self.device)
+        self.before: dict[str, Before] = {}
         self._takes_few = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+
+    # ---- adapters that are virtual tokens
+
+    def hang(self, id: str, adapter: adapters.Adapter, *, label: str) -> None:
+        if adapter.card.method not in virtual.WORDS:
+            return super().hang(id, adapter, label=label)
+        made = Before(self.model, adapter, label=label, base=self.id)
+        self.take(id)
+        self.names[id], self.before[id] = (), made
+
+    def take(self, id: str) -> None:
+        self.before.pop(id, None)
+        super().take(id)
+
+    def resolve(self, weights: dict[str, Weight]) -> Active:
+        for id, weight in weights.items():
+            if id in self.before and acts(weight) and weight != 1:
+                before, told = self.before[id], f"{weight:g}" if is_number(weight) else "one by layer"
+                raise BlendError("blend.half_before", name=before.label, what=before.words, weight=told)
+        found = [self.before[id].label for id, weight in weights.items() if id in self.before and acts(weight)]
+        if len(found) > 1:
+            raise BlendError("blend.two_before", one=found[0], other=found[1])
+        return super().resolve(weights)
+
+    def _standing(self, active: Active) -> Before | None:
+        """What stands before the input."""
+        return next((self.before[id] for id, _ in active if id in self.before), None)
 
     # ---- answers
 
     def logits(self, ids: list[int], *, weights: dict[str, Weight]) -> torch.Tensor:
         """The logits (tokens, vocabulary) of a row of token ids."""
+        before = self._standing(self.resolve(weights))
         with self.using(weights), torch.inference_mode():
-            return self.model(input_ids=torch.tensor([ids], device=self.device), use_cache=False).logits[0]
+            how = {"past_key_values": before.cache()} if before else {"use_cache": False}
+            return self.model(input_ids=torch.tensor([ids], device=self.device), **how).logits[0]
 
     def answer(
         self, messages: list[dict] | str, *, weights: dict[str, Weight] | None = None, manner: Manner = Manner(), template: str = "auto"
@@ -82,16 +114,22 @@ class Shelf(Hooks):
         and manner give the same answer. Raises StudioError."""
         weights = {id: weight for id, weight in (weights or {}).items() if acts(weight)}
         active = self.resolve(weights)
+        before = self._standing(active)
         prompt, ends = self.prompt(messages, template)
-        room = (self._context() or len(prompt) + manner.longest) - len(prompt)
+        taken = len(prompt) + (before.tokens if before else 0)
+        room = (self._context() or taken + manner.longest) - taken
         if room < 1:
-            raise BenchError("bench.too_long", tokens=len(prompt), room=self._context(), base=self.base.id)
+            raise BenchError("bench.too_long", tokens=taken, room=self._context(), base=self.base.id)
         answer = Answer(iter(()), weights, len(prompt))
         answer.pieces = self._speak(answer, prompt, active, ends, manner=manner, room=room)
         return answer
 
     def _speak(self, answer: Answer, prompt: list[int], active: Active, ends: set[int], *, manner: Manner, room: int) -> Iterator[str]:
         draw, cache, given, said, text = torch.Generator().manual_seed(manner.seed), None, prompt, 0, ""
+        before = self._standing(active)
+        if before:
+            with self.on(active), torch.inference_mode():
+                cache = before.cache()
         few = {"logits_to_keep": 1} if self._takes_few else {}
         for _ in range(min(manner.longest, room)):
             with self.on(active), torch.inference_mode():

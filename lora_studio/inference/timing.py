@@ -11,8 +11,11 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from lora_studio import bases
+from lora_studio.dora import Dora
 from lora_studio.errors import BenchError
+from lora_studio.inference.baking import BAKED
 from lora_studio.inference.requests import argument, base_of
+from lora_studio.multiplied import Multiplied
 from lora_studio.weights import Weight, by_layer
 
 TOKENS, WARM_UP, MOST, LARGEST = 64, 2, 200, 512
@@ -25,7 +28,7 @@ def measure(desk, job, request: dict) -> tuple[str, dict]:
         raise BenchError("bench.setting", name="rounds", value=repr(rounds)[:40], rule=f"it must be a whole number from 1 to {MOST}")
     rows = argument(request, "parts", list)
     image = bool(bases.inspect(base_of(request.get("base"))).pipeline)
-    found = desk.prepared(job, request, {"adapter": rows}, "image" if image else "language")["adapter"]
+    found = desk.prepared(job, request, {"adapter": rows}, "image" if image else "language", takes=BAKED)["adapter"]
     weights = desk.hang(found)
     modules = {part.id: part.adapter.modules for part in found}
     job.doing = "timing"
@@ -88,26 +91,35 @@ def _picture(easel, job) -> tuple[Callable, str]:
 
 def _merged(shelf, modules: dict, weights: dict[str, Weight]) -> Callable:
     """A context in which the adapters are merged into the layers' weights, or not. Afterwards the very weights are there again."""
-    sums: dict[torch.nn.Module, torch.Tensor] = {}
+    sums: dict[torch.nn.Parameter, torch.Tensor] = {}
     for id, known in modules.items():
         sizes = by_layer(weights[id], tuple(known)) if isinstance(weights[id], dict) else dict.fromkeys(known, weights[id])
         for name, module in known.items():
             layer = shelf.layer_of(name)
-            delta = (module.delta() * sizes[name]).to(shelf.device)
-            delta = delta.T if isinstance(layer, Conv1D) else delta
-            sums[layer] = sums.get(layer, layer.weight.detach().to(delta.dtype)) + delta.reshape(layer.weight.shape)
-    merged = {layer: total.to(layer.weight.dtype) for layer, total in sums.items()}
+            turned = isinstance(layer, Conv1D)
+            if isinstance(module, Dora | Multiplied):
+                own = layer.weight.detach().cpu()
+                delta = module.delta(own.T if turned else own)
+            else:
+                delta = module.delta()
+            deltas = {layer.weight: delta.T if turned else delta}
+            if isinstance(module, Multiplied) and getattr(layer, "bias", None) is not None and module.of_outputs:
+                deltas[layer.bias] = module.delta_of_bias(layer.bias.cpu())
+            for own, delta in deltas.items():
+                delta = (delta * sizes[name]).to(shelf.device)
+                sums[own] = sums.get(own, own.detach().to(delta.dtype)) + delta.reshape(own.shape)
+    merged = {own: total.to(own.dtype) for own, total in sums.items()}
     sums.clear()
 
     @contextmanager
     def swap(on: bool) -> Iterator[None]:
-        own = {layer: layer.weight.data for layer in merged}
+        before = {own: own.data for own in merged}
         try:
-            for layer, total in merged.items() if on else ():
-                layer.weight.data = total
+            for own, total in merged.items() if on else ():
+                own.data = total
             yield
         finally:
-            for layer, weight in own.items():
-                layer.weight.data = weight
+            for own, data in before.items():
+                own.data = data
 
     return swap

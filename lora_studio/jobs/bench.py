@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from lora_studio import durable, errors, fence, runs
+from lora_studio import allotment, durable, errors, fence, runs
 from lora_studio.errors import BenchError, StudioError
 from lora_studio.home import PACKAGE, home
 from lora_studio.jobs import devices
@@ -270,7 +270,7 @@ def _spawn() -> int:
             process = subprocess.Popen(
                 [sys.executable, "-u", "-m", "lora_studio.bench"],
                 stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, pass_fds=[lock.handle],
-                start_new_session=True, env=environment, cwd=folder,
+                start_new_session=True, env=allotment.of_child(environment), cwd=folder,
             )  # fmt: skip
         _children.append(process)
         durable.write_json(folder / "process.json", {"pid": process.pid, "born": psutil.Process(process.pid).create_time()})

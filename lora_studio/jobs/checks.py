@@ -5,9 +5,7 @@ import os
 import subprocess
 import sys
 
-import psutil
-
-from lora_studio import settings
+from lora_studio import allotment, settings
 from lora_studio.home import PACKAGE
 from lora_studio.jobs.tokens import STUDIO
 from lora_studio.spec import TrainSpec
@@ -26,7 +24,7 @@ def encode_all(spec: TrainSpec) -> dict:
             capture_output=True,
             text=True,
             timeout=SECONDS,
-            env=environment,
+            env=allotment.of_child(environment),
             check=False,
         )
     except subprocess.TimeoutExpired:
@@ -45,7 +43,7 @@ def _failed(sentence: str, level: str) -> dict:
 def free_memory(device: str) -> int | None:
     """Bytes free on a device; None where that cannot be asked without loading torch."""
     if device == "cpu":
-        return psutil.virtual_memory().available
+        return allotment.free_memory()
     if not device.startswith("cuda"):
         return None
     try:

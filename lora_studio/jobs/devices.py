@@ -8,6 +8,7 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
+from lora_studio import allotment
 from lora_studio.errors import MachineError
 from lora_studio.home import home
 
@@ -75,4 +76,4 @@ def describe() -> str:
     if known()[0].startswith("cuda") and gpus:
         more = f" and {len(gpus) - 1} more" if len(gpus) > 1 else ""
         return gpus[0] + more
-    return f"CPU · {os.cpu_count()} cores" if known()[0] == "cpu" else "Apple GPU"
+    return f"CPU · {allotment.cores()} cores" if known()[0] == "cpu" else "Apple GPU"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from lora_studio import durable, runs
+from lora_studio import allotment, durable, runs
 from lora_studio.home import PACKAGE
 from lora_studio.jobs.tokens import SECRETS
 
@@ -40,7 +40,7 @@ def spawn(folder: Path, *, device: str, locks: list[durable.Lock], token: str = 
             stderr=subprocess.STDOUT,
             pass_fds=handles,
             start_new_session=True,
-            env=environment,
+            env=allotment.of_child(environment),
             cwd=folder,
         )
     hand_over(process, token)

@@ -60,19 +60,21 @@ def pump() -> list[str]:
 
 def waits_for_sign_in(folder: Path) -> bool:
     """Whether a run has to fetch something for a visitor who is not signed in, or whose token was refused since."""
-    card = durable.read_json(folder / "card.json", {})
-    return bool(card.get("needs_token")) and tokens.of(folder, after=card.get("refused", 0.0)) is None
+    return _token_for(durable.read_json(folder / "card.json", {}), folder) is None
+
+
+def _token_for(card: dict, folder: Path) -> str | None:
+    """The token that a run starts with: "" where it needs none, None while it needs one that is not there."""
+    return tokens.of(folder, after=card.get("refused", 0.0)) if card.get("needs_token") else ""
 
 
 def _start(folder: Path) -> bool:
     """Start one run if its device is free. Both locks are taken here and inherited by the worker, so there is no gap
     in which the run could be started twice."""
     card = durable.read_json(folder / "card.json", {})
-    device, token = card.get("device", "cpu"), ""
-    if card.get("needs_token"):
-        token = tokens.of(folder, after=card.get("refused", 0.0))
-        if token is None:
-            return False
+    device, token = card.get("device", "cpu"), _token_for(card, folder)
+    if token is None:
+        return False
     place = durable.Lock(device_lock(device))
     if not place.take(wait=0.05) and not (bench.make_room(folder, device=device) and place.take(wait=0.5)):
         return False

@@ -39,6 +39,11 @@ def take_back(root: Path) -> None:
 
 def of(folder: Path, *, after: float = 0.0) -> str | None:
     """The token for a run's folder, if its owner is signed in, and signed in later than `after`."""
+    return at(folder.parent.parent, after=after)
+
+
+def at(root: Path, *, after: float = 0.0) -> str | None:
+    """The token of whoever's workspace is at `root`, likewise."""
     with _guard:
-        found = _lent.get(folder.parent.parent)
+        found = _lent.get(root)
     return found.token if found is not None and found.until > time.time() and found.since > after else None

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lora_studio import durable
+from lora_studio import allotment, durable
 from lora_studio.errors import DataError
 from lora_studio.pictures import archives, decoding, labels, sources, staging
 from lora_studio.pictures import picture as reasons
@@ -22,7 +22,7 @@ from lora_studio.spec import Source
 TEXTS = (*labels.BESIDE, ".jsonl", ".csv")
 MOST_NAMED = 8
 LONGEST_NAME = 100
-AT_ONCE = min(4, os.cpu_count() or 1)
+AT_ONCE = min(4, allotment.cores())
 
 # The reasons, said of one file. (Those that are not here read well after "it is".)
 ONE = {

@@ -34,6 +34,11 @@ SENTENCES = {
     "adapter.native_part": "{path} is a {method} adapter, and its tensor {name} is not one of that method. Save it again with PEFT.",
     "adapter.native_shapes": "{path} is a {method} adapter, and the tensors of {name} do not fit each other, or its settings change what they mean. Convert it to LoRA with PEFT's convert_to_lora first.",
     "adapter.native_width": "{path} is a {method} adapter whose file does not say how wide its layers are. Convert it to LoRA with PEFT's convert_to_lora first.",
+    "adapter.old_oft": "{path} is an OFT adapter of an older PEFT, which computed it in another way, and PEFT reads it no longer either. Train it again.",
+    "adapter.no_rotation": "{path}: the rotation of {name} is infinite. The training diverged; use an earlier checkpoint.",
+    "adapter.virtual": "{path}: its virtual tokens have the shape {here}, but adapter_config.json says {said}. Use the configuration that was saved with it.",
+    "adapter.virtual_image": "{path} is virtual tokens before the words of a language model, and {base} makes pictures. Choose the base it was made for.",
+    "adapter.virtual_base": "{path} is virtual tokens of shape {here}, and {base} takes {there}. It was made for {own}; choose that base.",
     "adapter.vera_shared": "{path} is a VeRA adapter without the matrices that its layers share. Save it again with save_projection.",
     "adapter.method": "{path} is a {method} adapter, which is not supported yet. LoRA adapters in PEFT's format are.",
     "adapter.image": "{path} is a {form} adapter for {family}, and its {name} is not known here. LoRA of diffusers, kohya and ComfyUI can be "
@@ -65,6 +70,8 @@ SENTENCES = {
     "adapter.idle_targets": "{path}: adapter_config.json lists targets that have no weights: {names}. The file may be incomplete.",
     "adapter.dora_flag": "{path}: adapter_config.json says use_dora {said}, and there are {count} magnitude vectors. "
     "Use the configuration that was saved with it.",
+    "adapter.magnitudes": "{path}: {name} has {there} magnitudes for {wanted} outputs, and DoRA needs one for each. Export the adapter again.",
+    "adapter.no_direction": "{path}: an output of {name} is all zeros with this adapter, so DoRA's magnitude has no direction there. Use the base it was trained on.",
     "adapter.stray": "{path}: {count} tensors are no factors and adapter_config.json does not mention them, the first being {name}. "
     "Loaders would drop them; use the configuration that was saved with it.",
     "adapter.not_finite": "{path}: the tensor {name} holds {what} ({count} such tensors). The training diverged; use an earlier checkpoint.",
@@ -94,10 +101,14 @@ SENTENCES = {
     "blend.shapes": "The layer {name} is {left} in one adapter and {right} in another. Blend adapters of the same base only.",
     "blend.overflow": "The layer {name} becomes infinite with these weights. Lower them.",
     "blend.bases": "{left} was made for {left_base}, {right} for {right_base}. Blend adapters of the same base only.",
-    "blend.dora": "{name} is a DoRA adapter: its magnitudes make the update more than low-rank, so it cannot be blended, baked or tried here. Train it "
-    "without DoRA, or merge it into its base with PEFT and take a plain adapter out with `extract`.",
-    "blend.multiplies": "{name} is an {method} adapter: it multiplies the weights instead of adding to them, so it cannot be blended, baked or tried here. Merge it into its "
-    "base with PEFT, and take a plain adapter out with `extract`.",
+    "blend.dora": "{name} is a DoRA adapter: its magnitudes make the update more than low-rank, which no other adapter can hold. Try it in the Playground, "
+    "bake it into its base, or bake it and take a plain adapter out with `extract`.",
+    "blend.multiplies": "{name} is an {method} adapter: it multiplies the weights instead of adding to them, which no other adapter can hold. Try it in the Playground, "
+    "bake it into its base, or bake it and take a plain adapter out with `extract`.",
+    "blend.half_before": "{name} is {what}, which stands before the input or does not: {weight} is no weight for it. Give it 1, or 0.",
+    "blend.two_before": "{one} and {other} both stand before the input, where there is room for one. Take one of them away.",
+    "blend.virtual": "{name} is {what}: its virtual tokens stand before the input and change no weight, so it cannot be blended or baked. Try it in the Playground, or load it with "
+    "PEFT, or train a LoRA on the same rows.",
     "blend.method": "{name} is a {method} adapter, which cannot be blended, baked or tried here. Convert it to LoRA with PEFT's convert_to_lora first.",
     "blend.mutates": "{name} was started with {init}, which changes the base itself. Save it as plain LoRA first (PEFT: save_pretrained with "
     "path_initial_model_for_weight_conversion), or train it without {init}.",
@@ -158,7 +169,11 @@ SENTENCES = {
     # export
     "export.form": "{form} is no form an adapter is exported in. Known: {known}.",
     "export.base": "The adapter does not say which base it was made for, and {form} needs its sizes. Name it with --base.",
-    "export.multiplies": "An {method} adapter has no B·A, which all other forms and types of numbers are made of. Export the files it came with.",
+    "export.virtual": "This is {what}, which changes no weight, and no other form or type of numbers is written of it. Export the files it came with.",
+    "export.multiplies": "An {method} adapter has no B·A, which all other forms and types of numbers are made of. Export the files it came with, or bake it and take a "
+    "plain adapter out with `extract`.",
+    "export.dora": "A DoRA adapter has magnitudes beside its B·A, which all other forms and types of numbers are made of. Export the files it came with, or bake it and "
+    "take a plain adapter out with `extract`.",
     "export.language": "The form {form} is for adapters of image models, and this one is for a language model. Export it as peft or gguf.",
     "export.kohya": "kohya's form is written for Stable Diffusion 1, 2, XL and (with its base on this machine) FLUX.1, and this adapter is for a {kind}. "
     "Export it as diffusers.",

@@ -50,6 +50,10 @@ SENTENCES = {
     "{suggestion}, and publish again.",
     "hub.no_collection": "There is no collection {slug}, or your account may not see it. {outcome} Check its name, or give a title for a new one.",
     "hub.not_collected": "{id} is published, but the Hub does not list it in the collection {slug}. Publish again, or add it there on the Hub.",
+    "demo.base": "A demo Space finds its base on the Hub, and {base} is on this machine only. Publish the base and train on that, or show the adapter in the Playground.",
+    "demo.edits": "{family} makes a picture of a picture, and the demo page asks for words only. Show the adapter in the Playground.",
+    "demo.private": "{id} is private, so its demo Space is too: it would show to all what only you may see. Leave the Space private, or publish the adapter for all first.",
+    "demo.other": "{id} is a Space already, and no demo of an adapter. It was left as it is. Choose another name, such as {suggestion}.",
     "hub.target": "{path} is there already. Nothing was pulled. Choose another name.",
     "hub.bad_name": "{id} holds a file with the name {name}, which no adapter needs. Nothing was pulled. Do not use this repository.",
     "hub.pickle": "{id} has its weights in {name}, which may be a pickle, and pickles run code. Nothing was pulled. "

@@ -31,6 +31,7 @@ SENTENCES = {
     "data.too_few": "{rows} row is too few to train and validate on. Add rows, or set validation.size to 0.",
     "data.all_masked": "No token of any row would be learnt: {reason}.",
     "data.hub": "The data set {path} could not be fetched: {reason}.",
+    "data.bad_token": "The Hub refused your token while fetching the data set {path}. Sign in again with `hf auth login`.",
     "data.no_split": "{path} has no split {split}; it has {known}. Change split.",
     "data.not_allowed": "The data set {id} is not among those that this studio fetches. Upload the rows, or ask its owner to allow it.",
     # base
@@ -57,6 +58,8 @@ SENTENCES = {
     "base.broken": "{id} could not be loaded: {reason}. Fetch it again.",
     "base.targets": "No layer of {id} is called {targets}. It has: {known}.",
     "base.renamed": "{id} keeps {name} under another name or shape in its files, so full fine-tuning cannot write it. Choose lora.",
+    "base.full_file": "{id} is a model in one file, which full fine-tuning does not write. Use the folder of the same model, or choose lora.",
+    "base.virtual": "{id} does not take virtual tokens as it takes words, so method.kind {method} would go wrong on it ({reason}). Choose lora, or another base.",
     "base.template": "The chat template of {id} fails on row {row} of {path}: {reason}. Set task.template to chatml, "
     "or change the row.",
     "base.not_allowed": "The base {id} is not among those that this studio offers. Take one of {known}, or ask its owner to allow it.",
@@ -65,6 +68,7 @@ SENTENCES = {
     "Nothing broken was saved. Try a lower optim.lr (now {lr:g}) or a longer schedule.warmup.",
     "training.muon": "optim.kind muon is for matrices, and a parameter of shape {shape} is none. Choose adamw.",
     "training.layers": "{pattern} means nothing of {id} that would learn. Name one of its parts: {known}, or all.",
+    "training.virtual_text": "method.text {text!r} has no token to start from. Write some words, or remove it.",
     "training.start_layers": "{adapter} changes {count} layers that this run does not train, the first being {name}. Set method.targets to its layers.",
     "training.start_rank": "{adapter} has rank {rank} in {name}, and method.rank is {there}. Raise method.rank to at least {rank}.",
     "training.start_small": "method.init {init} finds at most {most} directions in {name}, and method.rank is {rank}. Lower method.rank, or leave that layer out of method.targets.",
@@ -149,6 +153,8 @@ SENTENCES = {
     "bench.too_long": "The conversation has {tokens} tokens, and {base} has room for {room}. Start a new one, or shorten it.",
     "bench.not_finite": "The answer broke off: a logit became NaN or infinite. Lower the weights.",
     "bench.layer": "{path}: {name} is a {there} in the base, and a {here} update cannot be tried there. Choose another adapter.",
+    "bench.dora": "{path} is a DoRA adapter, which goes by the base's own numbers, and {name} of {base} is not kept in plain ones here ({there}). Choose the base "
+    "that is not quantised.",
     "bench.target": "{path} is there already. Choose another name.",
     "bench.not_compared": "{base} is not on this machine, so the adapter was not compared with it.",
 }

@@ -110,7 +110,7 @@ class Compute(Part):
     compile: bool = False
     """Compile the blocks of an image base: some minutes at the start, then faster steps. Not on every machine."""
     threads: Annotated[int, Field(ge=1)] | None = None
-    """CPU threads. null takes all cores."""
+    """CPU threads. null takes all cores, in a container those it is allowed."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """The number every random draw comes from."""
 

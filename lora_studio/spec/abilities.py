@@ -3,7 +3,7 @@
 Every cell without a sentence is run by tests/training/test_matrix.py and tests/training/test_methods.py; the README's table is made of it.
 """
 
-ABILITIES = ("text", "image", "4-bit base", "resume", "Playground and blend", "bake", "parallel")
+ABILITIES = ("text", "image", "4-bit base", "resume", "Playground", "blend", "bake", "parallel")
 
 # (name, the settings that make it)
 METHODS = {
@@ -27,33 +27,34 @@ METHODS = {
     "MiSS": {"method": {"kind": "miss", "rank": 4}},
     "OFT": {"method": {"kind": "oft", "block": 8}},
     "IA3": {"method": {"kind": "ia3"}},
+    "prompt tuning": {"method": {"kind": "prompt", "tokens": 5}},
+    "prefix tuning": {"method": {"kind": "prefix", "tokens": 5}},
     "full fine-tuning": {"method": {"kind": "full", "save": "lora", "rank": 32}},
 }
 
-_DORA = "its lengths are no sum of low-rank updates"
 _FOUR = "it needs the base's own numbers"
 _SHAPES = "its products do not fit packed weights"
 _TIMES = "it multiplies the weights"
+_BEFORE = "its virtual tokens change no weight"
 _NO_LOADER = "no loader of image models knows it"
 _ONE = "a run carries one such adapter"
 CROSSES = {
-    ("DoRA", "Playground and blend"): _DORA,
-    ("DoRA", "bake"): _DORA,
+    ("DoRA", "blend"): "its lengths are no sum of low-rank updates",
     ("orthogonal start", "4-bit base"): _FOUR,
     ("PiSSA", "4-bit base"): _FOUR,
     ("OLoRA", "4-bit base"): _FOUR,
     ("CorDA", "4-bit base"): _FOUR,
     ("LoRA-GA", "4-bit base"): _FOUR,
     ("LoftQ", "image"): "it is tried on language models only",
-    ("full fine-tuning", "image"): "a model of pictures has parts that are not written yet",
     ("full fine-tuning", "4-bit base"): _FOUR,
     ("full fine-tuning", "parallel"): "the base itself changes",
-    **{(name, what): _TIMES for name in ("OFT", "IA3") for what in ("Playground and blend", "bake")},
-    **{(name, "image"): _NO_LOADER for name in ("OFT", "IA3")},
+    **{(name, what): _TIMES for name in ("OFT", "IA3") for what in ("blend",)},
+    **{(name, what): _BEFORE for name in ("prompt tuning", "prefix tuning") for what in ("blend", "bake")},
+    **{(name, "image"): _NO_LOADER for name in ("OFT", "IA3", "prompt tuning", "prefix tuning")},
     ("IA3", "4-bit base"): "PEFT's layer for it answers in fp32 there",
     ("LoHa", "4-bit base"): _SHAPES,
     ("LoKr", "4-bit base"): _SHAPES,
-    **{(name, "parallel"): _ONE for name in ("DoRA", "LoRA-FA", "orthogonal start", "PiSSA", "OLoRA", "EVA", "CorDA", "LoRA-GA", "LoftQ", "DyLoRA", "AdaLoRA", "VeRA", "LoHa", "LoKr", "MiSS", "OFT", "IA3")},
+    **{(name, "parallel"): _ONE for name in ("DoRA", "PiSSA", "OLoRA", "EVA", "CorDA", "LoRA-GA", "LoftQ", "DyLoRA", "AdaLoRA", "VeRA", "LoHa", "LoKr", "MiSS", "OFT", "IA3", "prompt tuning", "prefix tuning")},
 }
 
 

@@ -1,7 +1,7 @@
 """The spec of a comparison of LoRA and LoRA+: one run's data and budget, each method at its best of a few rates, over several seeds; full
 fine-tuning as the reference where it is wanted.
 
-It is measured part by part, one after another, so that the time of each method is its own: first every rate of both in one pass
+It is measured part by part, one after another, so that the time of each method is its own: first every rate of both side by side
 ("tuning"), then the seeds of LoRA, the seeds of LoRA+, then the rates and the seeds of full fine-tuning one by one.
 """
 
@@ -41,7 +41,7 @@ class CompareSpec(Part):
     seeds: Annotated[int, Field(ge=1, le=20)] = 3
     """How often each is trained at its best rate, each time with another seed."""
     together: Annotated[int, Field(ge=1, le=MOST)] | None = None
-    """How many adapters go through the model in one pass at most. null takes all."""
+    """How many adapters go through the model at once at most. null takes all."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from lora_studio import weights
 from lora_studio.errors import BlendError
-from lora_studio.spec.methods import FROM_SOMETHING, MULTIPLYING, WITH_B
+from lora_studio.spec.methods import FROM_SOMETHING, MULTIPLYING, VIRTUAL, WITH_B
 from lora_studio.spec.tasks import Part
 
 # Settings outside of task that only one kind of model has a use for. A form hides them from the other.
@@ -204,12 +204,20 @@ NO_EFFECT = [
             lambda spec, kind=kind: spec.method.kind == kind and _is_image(spec),
             f"method.kind {kind} is for language models only: no loader of image models knows it. Choose lora.",
         )
-        for kind in MULTIPLYING
+        for kind in (*MULTIPLYING, *VIRTUAL)
+    ),
+    (
+        "compute.checkpointing",
+        lambda spec: spec.method.kind == "prefix" and spec.compute.checkpointing,
+        "compute.checkpointing does not go with method.kind prefix: it throws away the keys and values that stand before the input. Set it to false, or choose prompt.",
     ),
     *(
         ("method.kind", lambda spec, is_so=is_so: spec.method.kind == "full" and is_so(spec), f"method.kind full {sentence}")
         for is_so, sentence in (
-            (_is_image, "trains language models only. Choose lora for pictures."),
+            (lambda spec: _is_image(spec) and spec.task.text_encoder, "trains the part that draws, and no text encoder. Set task.text_encoder to false, or choose lora."),
+            (lambda spec: _is_image(spec) and spec.compute.block_swap > 0, "changes blocks that would wait in main memory. Set compute.block_swap to 0, or choose lora."),
+            (lambda spec: _is_image(spec) and spec.compute.compile, "does not go with compiled blocks. Set compute.compile to false, or choose lora."),
+            (lambda spec: spec.base.assistant is not None, "does not go with base.assistant, beside which only an adapter is trained. Remove it, or choose lora."),
             (lambda spec: spec.compute.quantize != "none", "changes the base's own numbers, which a quantised base has not. Set compute.quantize to none, or choose lora."),
             (lambda spec: spec.compute.precision == "bf16", "keeps the base's numbers in fp32: its steps are too small for bf16. Set compute.precision to auto, or choose lora."),
         )
@@ -223,6 +231,11 @@ NO_EFFECT = [
         "method.rank",
         lambda spec: spec.method.kind == "full" and spec.method.save == "model" and changed(spec.method, "rank"),
         "method.rank has no effect where a whole model is saved. Set method.save to lora, or remove it.",
+    ),
+    (
+        "method.text",
+        lambda spec: getattr(spec.method, "text", None) is not None and not spec.method.text.strip(),
+        "method.text has no words for the virtual tokens to start from. Write some, or remove it.",
     ),
     (
         "method.start",

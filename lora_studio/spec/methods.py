@@ -18,7 +18,7 @@ class Lora(Part):
     """Low-rank adaptation: W0 + scale·B·A, with A (rank, in) and B (out, rank). Hu et al. 2021, arXiv 2106.09685."""
 
     kind: Literal["lora"] = "lora"
-    """The kind of adapter: lora, dylora, adalora, vera, loha, lokr, miss, oft, ia3, or full: none, the base itself learns."""
+    """The kind of adapter: lora, dylora, adalora, vera, loha, lokr, miss, oft, ia3, prompt, prefix, or full: none, the base itself learns."""
     rank: Rank = 16
     """The rank r of the update. Rank, alpha and rate belong together."""
     alpha: Alpha = 32.0
@@ -30,7 +30,7 @@ class Lora(Part):
     rslora: bool = False
     """Rank-stabilised scale alpha / sqrt(rank), for high ranks."""
     dora: bool = False
-    """DoRA: direction and length of each row of the weight are learnt apart. Slower; it is published and loaded by PEFT, but not blended or baked here."""
+    """DoRA: direction and length of each row of the weight are learnt apart. Slower; it is tried in the Playground, baked and published, but not blended into one adapter."""
     freeze_a: bool = False
     """LoRA-FA: A stays as it was drawn and only B is learnt, which takes less memory."""
     init: Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva", "corda", "lora_ga", "loftq"] = "kaiming"
@@ -46,7 +46,7 @@ class DyLora(Part):
     Valipour et al. 2022, arXiv 2210.07558."""
 
     kind: Literal["dylora"] = "dylora"
-    """The kind of adapter: lora, dylora, adalora, vera, loha, lokr, miss, oft, ia3, or full: none, the base itself learns."""
+    """The kind of adapter: lora, dylora, adalora, vera, loha, lokr, miss, oft, ia3, prompt, prefix, or full: none, the base itself learns."""
     rank: Rank = 16
     """The highest rank."""
     alpha: Alpha = 32.0
@@ -61,7 +61,7 @@ class AdaLora(Part):
     """AdaLoRA: starts with more rank than wanted and takes it away where it matters least. Zhang et al. 2023, arXiv 2303.10512."""
 
     kind: Literal["adalora"] = "adalora"
-    """The kind of adapter: lora, dylora, adalora, vera, loha, lokr, miss, oft, ia3, or full: none, the base itself learns."""
+    """The kind of adapter: lora, dylora, adalora, vera, loha, lokr, miss, oft, ia3, prompt, prefix, or full: none, the base itself learns."""
     rank: Rank = 8
     """The mean rank that is left at the end."""
     first_rank: Rank = 12
@@ -86,7 +86,7 @@ class Vera(Part):
     """VeRA: all layers share one random A and B, and only two vectors for each layer are learnt. Kopiczko et al. 2023, arXiv 2310.11454."""
 
     kind: Literal["vera"] = "vera"
-    """The kind of adapter: lora, dylora, adalora, vera, loha, lokr, miss, oft, ia3, or full: none, the base itself learns."""
+    """The kind of adapter: lora, dylora, adalora, vera, loha, lokr, miss, oft, ia3, prompt, prefix, or full: none, the base itself learns."""
     rank: Rank = 256
     """The rank of the shared matrices, which travel with the file. High ones are usual: they are not learnt."""
     dropout: Share = 0.0
@@ -101,7 +101,7 @@ class LoHa(Part):
     """LoHa: the entrywise product of two low-rank products, of rank up to rank². Hyeon-Woo et al. 2022, arXiv 2108.06098."""
 
     kind: Literal["loha"] = "loha"
-    """The kind of adapter: lora, dylora, adalora, vera, loha, lokr, miss, oft, ia3, or full: none, the base itself learns."""
+    """The kind of adapter: lora, dylora, adalora, vera, loha, lokr, miss, oft, ia3, prompt, prefix, or full: none, the base itself learns."""
     rank: Annotated[int, Field(ge=1, le=64)] = 8
     """The rank of each of the two products."""
     alpha: Alpha = 8.0
@@ -114,7 +114,7 @@ class LoKr(Part):
     """LoKr: a Kronecker product of a small matrix and a low-rank one; very small files. LyCORIS, arXiv 2309.14859."""
 
     kind: Literal["lokr"] = "lokr"
-    """The kind of adapter: lora, dylora, adalora, vera, loha, lokr, miss, oft, ia3, or full: none, the base itself learns."""
+    """The kind of adapter: lora, dylora, adalora, vera, loha, lokr, miss, oft, ia3, prompt, prefix, or full: none, the base itself learns."""
     rank: Annotated[int, Field(ge=1, le=4096)] = 8
     """The rank of the second factor."""
     alpha: Alpha = 8.0
@@ -129,7 +129,7 @@ class Miss(Part):
     """MiSS: one small block that is repeated along the row, with no second matrix. Kang and Yin 2024, arXiv 2409.15371."""
 
     kind: Literal["miss"] = "miss"
-    """The kind of adapter: lora, dylora, adalora, vera, loha, lokr, miss, oft, ia3, or full: none, the base itself learns."""
+    """The kind of adapter: lora, dylora, adalora, vera, loha, lokr, miss, oft, ia3, prompt, prefix, or full: none, the base itself learns."""
     rank: Rank = 64
     """The height of the block, and the rank of the update."""
     targets: Targets = "auto"
@@ -139,11 +139,11 @@ class Miss(Part):
 
 
 class Oft(Part):
-    """OFT: what comes into a layer is rotated, W0·R, in square blocks that are learnt; angles and lengths stay. For language models. Qiu et al. 2023,
-    arXiv 2306.07280."""
+    """OFT: what comes into a layer is rotated, W0·Rᵀ, in square blocks that are learnt; angles and lengths stay. For language models; it is tried in the
+    Playground, baked and published, but not blended into one adapter. Qiu et al. 2023, arXiv 2306.07280."""
 
     kind: Literal["oft"] = "oft"
-    """The kind of adapter: lora, dylora, adalora, vera, loha, lokr, miss, oft, ia3, or full: none, the base itself learns."""
+    """The kind of adapter: lora, dylora, adalora, vera, loha, lokr, miss, oft, ia3, prompt, prefix, or full: none, the base itself learns."""
     block: Annotated[int, Field(ge=2, le=1024)] = 32
     """The side of a block. Where it does not divide the width of a layer, the nearest number that does is taken."""
     targets: Targets = "auto"
@@ -151,22 +151,56 @@ class Oft(Part):
 
 
 class Ia3(Part):
-    """IA3: each output of a layer is multiplied by a learnt number; the smallest files of all, at rates about ten times higher. For language models.
-    Liu et al. 2022, arXiv 2205.05638."""
+    """IA3: each output of a layer is multiplied by a learnt number; the smallest files of all, at rates about ten times higher. For language models;
+    it is tried in the Playground, baked and published, but not blended into one adapter. Liu et al. 2022, arXiv 2205.05638."""
 
     kind: Literal["ia3"] = "ia3"
-    """The kind of adapter: lora, dylora, adalora, vera, loha, lokr, miss, oft, ia3, or full: none, the base itself learns."""
+    """The kind of adapter: lora, dylora, adalora, vera, loha, lokr, miss, oft, ia3, prompt, prefix, or full: none, the base itself learns."""
     targets: Targets = "auto"
     """The layers that get an adapter, by the end of their name: [k_proj, v_proj, up_proj] are the paper's. auto takes all linear layers of the blocks."""
 
 
+class Virtual(Part):
+    """What prompt and prefix tuning have in common: virtual tokens, and no adapter on any layer."""
+
+    kind: str
+    """The kind of adapter: lora, dylora, adalora, vera, loha, lokr, miss, oft, ia3, prompt, prefix, or full: none, the base itself learns."""
+    tokens: Annotated[int, Field(ge=1, le=1024)] = 20
+    """How many virtual tokens stand before the input. They take room in the context."""
+    text: Annotated[str, Field(max_length=4000)] | None = None
+    """What the virtual tokens start as, cut or repeated to their number: an instruction, for example. null draws tokens of the vocabulary."""
+
+    @property
+    def targets(self) -> str:
+        """No adapter stands on any layer, so none is chosen."""
+        return "auto"
+
+
+class Prompt(Virtual):
+    """Prompt tuning: virtual tokens stand before the input, and their embeddings are learnt; nothing of the base changes. The least there is to learn, at
+    rates about a hundred times higher. For language models; it is tried in the Playground and published, but neither blended nor baked. Lester et al. 2021,
+    arXiv 2104.08691."""
+
+    kind: Literal["prompt"] = "prompt"
+    """The kind of adapter: lora, dylora, adalora, vera, loha, lokr, miss, oft, ia3, prompt, prefix, or full: none, the base itself learns."""
+
+
+class Prefix(Virtual):
+    """Prefix tuning: virtual tokens stand before the input of every layer's attention, and their keys and values are learnt; nothing of the base changes.
+    For language models, without checkpointing; it is tried in the Playground and published, but neither blended nor baked. Li and Liang 2021, arXiv 2101.00190."""
+
+    kind: Literal["prefix"] = "prefix"
+    """The kind of adapter: lora, dylora, adalora, vera, loha, lokr, miss, oft, ia3, prompt, prefix, or full: none, the base itself learns."""
+
+
 class Full(Part):
-    """Full or partial fine-tuning: no adapter; the base's own weights learn, all or those of chosen layers. For small bases."""
+    """Full or partial fine-tuning: no adapter; the base's own weights learn, all or those of chosen layers; of an image model those of the part that
+    draws. For small bases."""
 
     kind: Literal["full"] = "full"
-    """The kind of adapter: lora, dylora, adalora, vera, loha, lokr, miss, oft, ia3, or full: none, the base itself learns."""
+    """The kind of adapter: lora, dylora, adalora, vera, loha, lokr, miss, oft, ia3, prompt, prefix, or full: none, the base itself learns."""
     layers: Literal["all"] | list[str] = "all"
-    """What learns, by words of the names: [model.layers.2-3, lm_head], * for any one word. all takes every weight; with save lora every linear layer
+    """What learns, by words of the names: [model.layers.2-3, lm_head], * for any one word; of an image model for example [up_blocks, attn2]. all takes every weight; with save lora every linear layer
     of the blocks, which is what an adapter can carry."""
     save: Literal["model", "lora"] = "model"
     """What is left: a model of its own, or the difference to the base as a LoRA."""
@@ -179,11 +213,13 @@ class Full(Part):
         return "auto"
 
 
-Method = Annotated[Union[Lora, DyLora, AdaLora, Vera, LoHa, LoKr, Miss, Oft, Ia3, Full], Field(discriminator="kind")]
-KINDS = {option.model_fields["kind"].default: option for option in (Lora, DyLora, AdaLora, Vera, LoHa, LoKr, Miss, Oft, Ia3, Full)}
+Method = Annotated[Union[Lora, DyLora, AdaLora, Vera, LoHa, LoKr, Miss, Oft, Ia3, Prompt, Prefix, Full], Field(discriminator="kind")]
+KINDS = {option.model_fields["kind"].default: option for option in (Lora, DyLora, AdaLora, Vera, LoHa, LoKr, Miss, Oft, Ia3, Prompt, Prefix, Full)}
 FROM_SOMETHING = ("pissa", "olora", "corda", "lora_ga", "loftq")  # starts where B·A is not zero: what is saved is the difference
 EMBEDDED = ("embed", "wte", "lm_head", "shared")  # words of layers that no adapter carries which is taken out of a model
 MULTIPLYING = ("oft", "ia3")  # they are no sum with the base's weights
+VIRTUAL = ("prompt", "prefix")  # they stand before the input, and on no layer
+LAYERLESS = (*VIRTUAL, "full")  # no layer is chosen that an adapter goes on
 WITH_B = ("lora", "dylora", "adalora")
 
 
@@ -234,6 +270,16 @@ def learns(method: Full, name: str, shape) -> bool:
 def learns_head(method) -> bool:
     """Whether what the tokens are foretold by learns (or the embedding, which often is the same)."""
     return method.kind == "full" and any(learns(method, name, (2, 2)) for name in ("lm_head.weight", "model.embed_tokens.weight"))
+
+
+def is_padded(method) -> bool:
+    """Whether rows go through the model padded and its plain layers, whatever is said of packing."""
+    return method.kind in VIRTUAL or learns_head(method)
+
+
+def virtual_parameters(method, hidden: int, layers: int, keys: int) -> int:
+    """How many numbers virtual tokens learn: an embedding of the width each, or a key and a value of `keys` numbers in every layer."""
+    return method.tokens * (hidden if method.kind == "prompt" else 2 * layers * keys)
 
 
 def parameters(method, out: int, width: int) -> int:

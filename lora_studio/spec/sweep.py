@@ -1,6 +1,7 @@
 """The spec of a sweep: one training run, the settings that vary, and what becomes of the adapters, which are trained side by side."""
 
 import itertools
+import math
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -47,7 +48,8 @@ class SweepSpec(Part):
     """Cross-validation: each variant is trained this many times, each time without another part of the rows, and judged by the mean loss on
     these parts; and once with all rows, which gives its adapter. For few rows."""
     together: Annotated[int, Field(ge=1, le=MOST)] | None = None
-    """How many adapters go through the model in one pass at most: fewer take less memory and more time. null takes all."""
+    """How many adapters go through the model at once at most: fewer take less memory and more time. On a GPU these are one pass; a CPU's
+    threads share them. null takes all on a GPU, and on a CPU as many as keep the memory within 15 % of one run's."""
     keep: Literal["best", "all"] = "best"
     """Which adapters enter the library: that of the variant with the lowest validation loss, or all."""
 
@@ -78,10 +80,10 @@ def parse(tree: dict) -> SweepSpec:
         spec = SweepSpec.model_validate(tree)
     except ValidationError as error:
         raise SpecError("spec.problems", problems=problems.of_validation(error, SweepSpec, tree)) from None
+    asked = math.prod(map(len, spec.over.values())) * max(1, len(spec.variants)) * ((spec.folds or 0) + 1)
+    if asked > MOST:  # before the first of them is made
+        raise SpecError("sweep.many", count=asked, most=MOST)
     found = variants(spec)
-    count = len(lanes(spec, found))
-    if count > MOST:
-        raise SpecError("sweep.many", count=count, most=MOST)
     if spec.keep == "best" and not spec.folds and not spec.run.validation.size and len(found) > 1:
         raise SpecError("sweep.unjudged")
     return spec

@@ -15,9 +15,10 @@ LEFT_IN = {"runs": ("process.json", "control"), "library": (".index",)}
 EVENTS, LOG = "events.jsonl", "log.txt"
 
 
-def all_in(home: Path) -> Iterator[tuple[str, Path]]:
-    """Each item of a home with its place. A checkpoint comes before the run it belongs to, so that events are never older than it."""
-    for top in (home, *sorted((home / "users").glob("*"))):
+def all_in(home: Path, *, others: bool = True) -> Iterator[tuple[str, Path]]:
+    """Each item of a home with its place, and of the homes of its users with `others`. A checkpoint comes before the run it belongs to, so that events are
+    never older than it."""
+    for top in (home, *(sorted((home / "users").glob("*")) if others else ())):
         for section in SECTIONS:
             for entry in sorted((top / section).iterdir()) if (top / section).is_dir() else ():
                 if _is_left(entry.name, section, 0) or entry.is_symlink():
@@ -76,6 +77,11 @@ def root(item: str) -> str:
 def is_run(item: str) -> bool:
     """Whether an item is a run (without its checkpoints)."""
     return re.fullmatch(r"(users/[^/]+/)?runs/[^/]+", item) is not None
+
+
+def is_item(name: str) -> bool:
+    """Whether an item of a manifest may be one of a home."""
+    return is_inside(name) and name.split("/")[0] in (*SECTIONS, "users", QUEUE)
 
 
 def is_inside(name: str) -> bool:

@@ -5,7 +5,7 @@ from lora_studio import pictures, rows
 from lora_studio.bases import fetch, inspect
 from lora_studio.errors import Problem, StudioError
 from lora_studio.home import home
-from lora_studio.spec import TrainSpec
+from lora_studio.spec import TrainSpec, methods
 from lora_studio.training import encode, order
 
 
@@ -24,7 +24,7 @@ def check(spec: TrainSpec) -> dict:
             spec.schedule.batch_size, spec.schedule.accumulate, spec.compute.seed,
         )  # fmt: skip
         facts = {**encoded.facts, "steps": spec.schedule.steps or plan.steps(spec.schedule.epochs)}
-        facts["targets"] = [] if spec.method.kind == "full" else info.targets(spec.method.targets)
+        facts["targets"] = [] if spec.method.kind in methods.LAYERLESS else info.targets(spec.method.targets)
         if encoder.template is not None:
             facts["template"] = encoder.template.origin
         problems += [Problem("data", sentence, "warning") for sentence in encode.losses_in_words(encoded)]

@@ -1,13 +1,12 @@
 """The job of a comparison of LoRA and LoRA+: every part of it is a pass of a sweep, or one run of full fine-tuning. It leaves measurements,
 no adapters. A part that was measured is never measured again; one that was cut goes on from its checkpoint."""
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from lora_studio import durable, runs
+from lora_studio import allotment, durable, runs
 from lora_studio.errors import TrainingError
 from lora_studio.spec import compare, sweep, to_tree
 from lora_studio.training import checkpoint, job, loop, many, methods
@@ -47,7 +46,7 @@ def spec_of(folder: Path) -> compare.CompareSpec:
 def run(folder: Path, desk: loop.Desk) -> None:
     """Measure every part that is not measured yet. Raises StudioError."""
     spec = spec_of(folder)
-    torch.set_num_threads(spec.run.compute.threads or os.cpu_count() or 1)
+    torch.set_num_threads(spec.run.compute.threads or allotment.cores())
     names, first = compare.parts(spec), True
     for number, part in enumerate(names):
         events = runs.read_all(folder)
@@ -86,12 +85,12 @@ def _started(desk: PartDesk, task, model_words: str, *, first: bool) -> None:
 
 
 def _side_by_side(folder: Path, spec: compare.CompareSpec, desk: PartDesk, specs: list, *, began_before: bool, first: bool) -> float | None:
-    """Train adapters in one pass. Returns the seconds it took, None when someone asked to stop."""
+    """Train adapters side by side. Returns the seconds it took, None when someone asked to stop."""
     lanes = [sweep.Lane(number, None, one) for number, one in enumerate(specs)]
     made, how = gather(lanes, desk, device=job.device_of(folder), folder=folder, folds=None)
     team = many.Team(made, desk, folder / "checkpoints" / desk.part, spec.together)
     desk.own = team.steps
-    _started(desk, made[0].task, how, first=first)
+    _started(desk, made[0].task, how + team.crew.words, first=first)
     team.go_on(began_before)
     if not team.run():
         many.stop(desk, team)

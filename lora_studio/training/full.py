@@ -1,10 +1,11 @@
 """Full and partial fine-tuning: the base's own weights learn, and what is left is a model, or the adapter between it and its base.
 
-A model is the base's folder again: the same files, in its weights files only the tensors that learnt are others, in the precision they
-had. An adapter is taken from the difference before anything is rounded (`checkpoints.extract`).
+A model is the base's folder again: the same files, in its weights files (of an image model those of the part that draws) only the tensors
+that learnt are others, in the precision they had. An adapter is taken from the difference before anything is rounded (`checkpoints.extract`).
 """
 
 import json
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from lora_studio import adapters, bases, checkpoints
+from lora_studio.adapters import pipeline_files
 from lora_studio.adapters.files import LINEAGE, reheaded
 from lora_studio.checkpoints.plan import others, weights_of
 from lora_studio.errors import BaseModelError, TrainingError
@@ -27,7 +29,10 @@ def attach(model: torch.nn.Module, spec: TrainSpec, targets: list[str]) -> torch
     learns is not in the base's files by its name."""
     there = {name: tuple(value.shape) for name, value in model.named_parameters()}
     refuse_idle(spec, there)
-    stored = bases.adaptable(bases.fetch(spec.base))
+    base = bases.fetch(spec.base)
+    if base.is_file():
+        raise BaseModelError("base.full_file", id=spec.base.id)
+    stored = bases.adaptable(base)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(methods.learns(spec.method, name, there[name]))
         if parameter.requires_grad and tuple(stored.get(name, ())) != there[name]:
@@ -48,16 +53,21 @@ def place(spec: TrainSpec) -> str:
     return "adapter" if spec.method.save == "lora" else "model"
 
 
-def finish(model: torch.nn.Module, spec: TrainSpec) -> dict[str, bytes]:
-    """The files of the trained model, or of the adapter that was taken out of it."""
+def finish(model: torch.nn.Module, spec: TrainSpec) -> dict[str, bytes | Path]:
+    """The files of the trained model (those of the base that stay as they are as their place), or of the adapter that was taken out of it."""
     base = bases.fetch(spec.base)
     trained = {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
     if spec.method.save == "lora":
-        return _extracted(base, spec, trained)
-    found = {path: _written(base / path, trained) for path in weights_of(base, base)}
-    found |= {name: (base / name).read_bytes() for name in others(base) if name not in found}
+        return _extracted(base, spec, trained, model)
+    found = {path: _written(base / path, trained) for path in _paths(base)}
+    found |= {name: base / name for name in others(base) if name not in found}
     recipe = {"made": "full fine-tuning", "base": spec.base.id, "revision": spec.base.revision, "changed": sorted(trained)}
     return found | {RECIPE: (json.dumps(recipe, indent=2, ensure_ascii=False) + "\n").encode()}
+
+
+def _paths(base: Path) -> list[str]:
+    """The weights files that hold what may learn."""
+    return weights_of(base, bases.weights_folder(base))
 
 
 def _written(file: Path, trained: dict[str, torch.Tensor], *, exact: bool = False) -> bytes:
@@ -70,13 +80,17 @@ def _written(file: Path, trained: dict[str, torch.Tensor], *, exact: bool = Fals
     return save(held, metadata=metadata)
 
 
-def _extracted(base: Path, spec: TrainSpec, trained: dict[str, torch.Tensor]) -> dict[str, bytes]:
+def _extracted(base: Path, spec: TrainSpec, trained: dict[str, torch.Tensor], model: torch.nn.Module) -> dict[str, bytes]:
     """The files of a LoRA of `method.rank`, the best one for the difference in every layer."""
     with tempfile.TemporaryDirectory() as folder:
-        for path in weights_of(base, base):
+        for path in _paths(base):
+            (Path(folder) / path).parent.mkdir(exist_ok=True)
             (Path(folder) / path).write_bytes(_written(base / path, trained, exact=True))
+        if spec.task.kind == "image":
+            shutil.copyfile(base / "model_index.json", Path(folder) / "model_index.json")  # says which part it is
         found = checkpoints.extract(Path(folder), base, rank=spec.method.rank)
-    card = adapters.Card("peft", base=spec.base.id, revision=spec.base.revision, task_type="CAUSAL_LM")
+    own = {"config": {"auto_mapping": pipeline_files.made_for(model)}} if spec.task.kind == "image" else {"task_type": "CAUSAL_LM"}
+    card = adapters.Card("peft", base=spec.base.id, revision=spec.base.revision, **own)
     files = adapters.write(adapters.with_modules(card, found.modules))
     lineage = {"made": "full fine-tuning", "rank": spec.method.rank, "loss": found.loss}
     return {**files, adapters.WEIGHTS: reheaded(files[adapters.WEIGHTS], metadata={LINEAGE: json.dumps(lineage, sort_keys=True)})}

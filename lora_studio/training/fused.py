@@ -5,9 +5,8 @@
     fused.self_check              how far the fast loss is from the model's own, on this very model
     fused.keep_memory             no page faults for the same buffers step after step
 
-`install` touches only what it recognises (PEFT's plain linear by exact type, norms and gated layers by having the very
-bytecode of Llama's), checks the state again at every call, and leaves the plain forward in charge of the rest
-(dropout, DoRA, merged or disabled adapters, quantized bases, autocast).
+`install` touches only what it recognises (PEFT's plain linear by exact type, norms and gated layers by having the very bytecode of
+Llama's), checks the state again at every call, and leaves the rest (dropout, DoRA, merged or disabled adapters, ...) to the plain forward.
 """
 
 import contextlib
@@ -16,6 +15,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
+from threading import get_ident
 
 import torch
 import torch.nn.functional as F
@@ -90,7 +90,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, bias
 
 def head_weight(model: nn.Module) -> Tensor:
     """The (V, d) weight of a head that is nothing but a frozen matrix. Unsupported for any other head."""
-    inner = packed.causal(model)
+    inner = packed.bare(model)
     head = inner.get_output_embeddings()
     if type(head) is not nn.Linear:
         raise Unsupported(f"the head is a {type(head).__name__}")
@@ -183,8 +183,8 @@ def _takes(x: Tensor, plan) -> bool:
 class Siblings:
     """LoRA linears whose parent calls them one after another with the same input: the first call runs them all.
 
-    A waiting output is handed out only for the same tensor, unchanged, in the same grad mode. Members that turn out
-    to be called with other inputs go on alone. `plan` and `run` are what `routed.py` does in its own way.
+    A waiting output is handed out only on the same thread, for the same tensor, unchanged, in the same grad mode. Members that turn
+    out to be called with other inputs go on alone. `plan` and `run` are what `routed.py` does in its own way.
     """
 
     def plan(self, module: lora.Linear):
@@ -194,24 +194,26 @@ class Siblings:
         return _apply_lora(x, plans)
 
     def __init__(self, members: list[lora.Linear]):
-        self.members, self.given, self.waiting = members, None, {}
+        self.members, self.turns = members, {}  # of each thread: what was given, and the outputs that wait
 
     def __call__(self, module: lora.Linear, x: Tensor, *args, **kwargs) -> Tensor:
         if args or kwargs or x.is_inference():
             return self._alone(module, x, *args, **kwargs)
-        given = (x, x._version, torch.is_grad_enabled())
-        if module in self.waiting and self.given[0] is x and self.given[1:] == given[1:]:
-            output = self.waiting.pop(module)
-            self.given = given if self.waiting else None
+        now = (x, x._version, torch.is_grad_enabled())
+        given, waiting = self.turns.pop(get_ident(), (None, {}))
+        if module in waiting and given[0] is x and given[1:] == now[1:]:
+            output = waiting.pop(module)
+            if waiting:
+                self.turns[get_ident()] = now, waiting
             return output
-        if self.waiting:  # somebody was not called, or with another input: not siblings after all
-            self.members, self.given, self.waiting = [], None, {}
+        if waiting:  # somebody was not called, or with another input: not siblings after all
+            self.members = []
         plans = [self.plan(member) for member in self.members]
         if len(plans) < 2 or not all(_takes(x, plan) for plan in plans):
             return self._alone(module, x)
         outputs = dict(zip(self.members, self.run(x, plans), strict=True))
         output = outputs.pop(module)
-        self.given, self.waiting = given, outputs
+        self.turns[get_ident()] = now, outputs
         return output
 
     def _alone(self, module: lora.Linear, x: Tensor, *args, **kwargs) -> Tensor:
@@ -296,10 +298,8 @@ def _is_plain(module: nn.Module | None, siblings) -> bool:
 
 
 def install(model: nn.Module, siblings=Siblings) -> dict[str, int]:
-    """Put the fast paths into every module they fit; returns how many of each kind, for the log.
-
-    Parameters, state_dict keys and the modules themselves stay as they are. `remove` takes it all out again.
-    """
+    """Put the fast paths into every module they fit; returns how many of each kind, for the log. Parameters, state_dict keys and
+    the modules themselves stay as they are. `remove` takes it all out again."""
     counts: Counter[str] = Counter()
     for module in model.modules():
         for names in TOGETHER:
@@ -346,12 +346,12 @@ def removed(model: nn.Module) -> Iterator[None]:
 def keep_memory() -> bool:
     """Let this process keep the memory it frees, for a training process on the CPU; whether that could be asked for.
 
-    Every step needs the same buffers again. glibc hands them back to the system in between, and faulting them in anew
-    costs a tenth of the step. They are the system's again when the process ends.
+    Every step needs the same buffers again. glibc hands them back to the system in between, and faulting them in anew costs a tenth of
+    the step; and what one thread frees it would not give to another. They are the system's again when the process ends.
     """
     ask = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
-    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h; 32 MiB is the most
-    return bool(ask and ask(mmap_threshold, 32 * 2**20) and ask(trim_threshold, 2**31 - 1))
+    trim_threshold, mmap_threshold, arena_max = -1, -3, -8  # of malloc.h, where 32 MiB is the most before a mapping of its own
+    return bool(ask and ask(mmap_threshold, 32 * 2**20) and ask(trim_threshold, 2**31 - 1) and ask(arena_max, 1))
 
 
 # The probe
@@ -390,7 +390,7 @@ def self_check(model: nn.Module, documents: list) -> float:
         try:
             states = packed.hidden(model, batch)
         except (AttributeError, TypeError) as error:  # a model that looks into its mask meets an object it does not know
-            raise Unsupported(f"{type(packed.causal(model)).__name__} cannot run a packed row: {error}") from error
+            raise Unsupported(f"{type(packed.bare(model)).__name__} cannot run a packed row: {error}") from error
         fast = linear_cross_entropy(states[keep.roll(-1)], weight, batch.input_ids[0][keep]).item()
         with removed(model):
             plain = 0.0

@@ -6,7 +6,7 @@ first step; while the run goes on only the part that is trained is in memory, bu
 
 import logging
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,11 +17,12 @@ from lora_studio import bases, families, pictures
 from lora_studio.errors import MachineError
 from lora_studio.home import home
 from lora_studio.pictures.samples import save_sample
-from lora_studio.spec import TrainSpec
+from lora_studio.spec import TrainSpec, methods
 from lora_studio.spec.idle import needs_gpu
 from lora_studio.training import assistants, blocks, fused_image, latents, masks, objectives, order, pairs, priors
 from lora_studio.training.image_families import FAMILIES, Conditions, film
 from lora_studio.training.loop import Pass
+from lora_studio.training.packed import bare
 from lora_studio.training.pipelines import load_part, load_pipeline, load_scheduler
 from lora_studio.training.showing import Show, Shown
 from lora_studio.training.text import choose_dtype
@@ -80,7 +81,7 @@ class ImageTask:
 
     def __init__(self, spec: TrainSpec, *, device: str, note: Callable[[str], None], folder: Path):
         self.spec, self.device, self.note, self.folder = spec, torch.device(device), note, folder
-        self.dtype = choose_dtype(spec.compute.precision, device)
+        self.dtype = choose_dtype(methods.precision(spec.method, spec.compute.precision), device)
 
     # ---- before the first step
 
@@ -187,14 +188,16 @@ class ImageTask:
     def prepare(self, model: torch.nn.Module) -> str:
         """Get the model ready for its first step. Returns how it goes, in words."""
         if self.spec.compute.checkpointing:
-            model.get_base_model().enable_gradient_checkpointing()
+            bare(model).enable_gradient_checkpointing()
             if self.texts:
                 self.texts.prepare(model)
         if self.swap:
             self.swap.adopt()
         if self.spec.compute.compile:
-            self.note(f"Compiling {blocks.compiled(model.get_base_model())} blocks; the first steps take minutes.")
-        fast = fused_image.install(model) if self.spec.compute.fused and not self.spec.compute.compile else {}
+            self.note(f"Compiling {blocks.compiled(bare(model))} blocks; the first steps take minutes.")
+        # The laid out convolutions give channels_last, at which torch 2.13 ends the process when the weight of a GroupNorm behind them learns.
+        can = not self.spec.compute.compile and self.spec.method.kind != "full"
+        fast = fused_image.install(model) if self.spec.compute.fused and can else {}
         sizes = self.show.sizes()
         how = f"fast {' and '.join(fast)}, " if fast else ""
         return f"{how}latents and embeddings in memory; sizes {', '.join(f'{width}×{height}' for width, height in sizes[:8])}"
@@ -287,6 +290,10 @@ class ImageTask:
                 alike.setdefault(group.shape, []).append((number, group))
         return [self._pass(members) for members in alike.values()]
 
+    def shared(self, model: torch.nn.Module) -> AbstractContextManager:
+        """A while in which several threads may take passes: nothing stands in the way."""
+        return nullcontext()
+
     def _pass(self, members: list[tuple[int, Group]]) -> Pass:
         groups = [group for _, group in members]
         sizes = [len(group.latents) for group in groups]
@@ -300,7 +307,7 @@ class ImageTask:
         task = self.spec.task
         pair = pairs.for_sample(self.show, prompt) if self.family.edit else None
         size = pair.size if pair else pictures.bucket(task.resolution, task.resolution, task)
-        pipeline = self._pipeline(model.get_base_model())
+        pipeline = self._pipeline(bare(model))
         known = self.texts.embed(model, [prompt, ""], self.embedded) if self.texts else (self.embedded[prompt], self.embedded[""])
         asked = self.family.ask(*map(self._there, known)) | self.family.guide(self.guidance)
         if task.frames > 1:

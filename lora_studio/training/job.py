@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from lora_studio import durable, library, runs
+from lora_studio import allotment, durable, library, runs
 from lora_studio.errors import TrainingError
-from lora_studio.spec import to_tree
+from lora_studio.spec import methods, to_tree
 from lora_studio.training import checkpoint, loop, starts
 from lora_studio.training.methods import METHODS
 from lora_studio.workspace import Workspace
@@ -26,7 +26,7 @@ def task_class(kind: str):
 def train(folder: Path, desk: loop.Desk) -> None:
     """Train the run in `folder` to its end, from its newest whole checkpoint if it has one. Raises StudioError."""
     spec = runs.spec_of(folder)
-    torch.set_num_threads(spec.compute.threads or os.cpu_count() or 1)
+    torch.set_num_threads(spec.compute.threads or allotment.cores())
     world = _world()
     first = world is None or world.is_main_process
     device = str(world.device) if world else device_of(folder)
@@ -73,6 +73,9 @@ def _start_facts(trainer: loop.Trainer, task, targets: list[str], fast: str, dev
     own = {}
     if trainer.spec.method.kind == "full":
         own = {"targets": [], "words": f"Training on {device} in float32: {fast}. {len(trainer.parameters)} tensors of the base itself learn."}
+    elif trainer.spec.method.kind in methods.VIRTUAL:
+        precision, count = str(task.dtype).removeprefix("torch."), trainer.spec.method.tokens
+        own = {"targets": [], "words": f"Training on {device} in {precision}: {fast}. {count} virtual tokens before the input learn; no weight of the base does."}
     return {
         "steps": trainer.steps,
         "rows": sum(task.counts),

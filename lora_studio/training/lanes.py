@@ -54,9 +54,10 @@ class Own:
         return self.model(*given, **more)
 
     def train(self, mode: bool = True) -> None:
-        """Set the mode, unless another lane has: the walk over all layers takes milliseconds."""
-        if self.model.training != mode:
-            self.model.train(mode)
+        """Leave the mode of training. It is entered again by the next step of all lanes, because each walk over the layers takes
+        milliseconds, and one lane after another is judged."""
+        if not mode and self.model.training:
+            self.model.train(False)
 
     def eval(self) -> None:
         """The other mode."""
@@ -76,6 +77,7 @@ class Lane(loop.Trainer):
     ended: str = ""
     reason: str = ""
     loss: float | None = None
+    measured: float | None = None  # what the next validation finds, where that is known
     kept: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
@@ -94,8 +96,15 @@ class Lane(loop.Trainer):
         return self.at.best_loss if self.spec.validation.keep_best else self.at.validation
 
     def evaluate(self) -> float:
+        if self.measured is None:
+            self.measure()
+        found, self.measured = self.measured, None
+        return found
+
+    def measure(self) -> None:
+        """Do the work of the next validation."""
         with self.router.only(self.adapter):
-            return super().evaluate()
+            self.measured = super().evaluate()
 
     def _sample(self, step: int) -> None:
         with self.router.only(self.adapter):
@@ -167,7 +176,7 @@ def gather(lanes: list[sweep.Lane], desk: loop.Desk, *, device: str, folder: Pat
         trainer.at = replace(trainer.at, settings=to_tree(lane.spec), prints=dict(task.prints))
         made.append(trainer)
     off = check(made)
-    return made, f"{fast}; {len(made)} adapters in one pass, off by {off:.1e} from each alone"
+    return made, f"{fast}; {len(made)} adapters side by side, off by {off:.1e} from each alone"
 
 
 def _same_rows(lane: sweep.Lane, other: sweep.Lane) -> bool:

@@ -1,5 +1,6 @@
 """The training loop, the only one. It knows steps, rates, checkpoints and requests; what a row is only the task knows."""
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -52,6 +53,9 @@ class Task(Protocol):
 
     def passes(self, batches: list) -> list[Pass]:
         """Batches, each of another adapter, in as few passes as their shapes allow."""
+
+    def shared(self, model) -> contextlib.AbstractContextManager:
+        """A while in which several threads may take passes through the model."""
 
     def sample(self, model, prompt: str, seed: int) -> str:
         """An answer to a prompt: text, or the name of a picture in samples/."""
@@ -244,10 +248,9 @@ class Trainer:
 
     def _judge(self) -> bool:
         """Validate when it is time; True when the loss is the lowest so far."""
-        step = self.at.step
-        if not self.task.held_out or (step % self.eval_every and step != self.steps):
+        if not self.is_due:
             return False
-        loss = self.evaluate()
+        step, loss = self.at.step, self.evaluate()
         self._guard(step - 1, validation_loss=loss)
         best = self.at.best_loss is None or loss < self.at.best_loss
         self.at.validation = loss
@@ -257,6 +260,12 @@ class Trainer:
         if self.first:
             self.desk.emit("eval", step=step, loss=loss, best=best)
         return best
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is time to validate."""
+        step = self.at.step
+        return bool(self.task.held_out) and (step % self.eval_every == 0 or step == self.steps)
 
     @property
     def is_over(self) -> bool:

@@ -1,4 +1,4 @@
-"""Several adapters in one process over one base in one pass: what a sweep does.
+"""Several adapters in one process over one base: what a sweep does. On a GPU they go through it in one pass; a CPU's threads share them.
 
 A lane that breaks or ends leaves the pass; the others do not notice.
 
@@ -7,24 +7,26 @@ A lane that breaks or ends leaves the pass; the others do not notice.
     adapter/         that of the best variant
 """
 
-import os
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from lora_studio import durable, runs
+from lora_studio import allotment, durable, runs
 from lora_studio.errors import MachineError, TrainingError
 from lora_studio.spec import sweep
 from lora_studio.training import checkpoint, job, loop, methods
+from lora_studio.training.crew import Crew, hands
 from lora_studio.training.lanes import Lane, gather
 from lora_studio.training.order import key
 
 
 @dataclass
 class Team:
-    """The lanes of a sweep in motion, all of which that still run at the same step. `together`: how many go through the model at once."""
+    """The lanes of a sweep in motion, all of which that still run at the same step. `together`: how many are on their way through the
+    model at once; on a CPU each of its threads takes its part of them."""
 
     lanes: list[Lane]
     desk: loop.Desk
@@ -35,6 +37,13 @@ class Team:
         output = self.lanes[0].spec.output
         self.steps = max(lane.steps for lane in self.lanes)
         self.save_every = output.checkpoint_every or max(1, -(-self.steps // 10))
+        self.at_once = min(self.together or len(self.lanes), len(self.lanes))
+        self.crew = Crew(hands(self.model, self.at_once))
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The model with all adapters."""
+        return self.lanes[0].model.model
 
     @property
     def running(self) -> list[Lane]:
@@ -49,7 +58,8 @@ class Team:
     def run(self) -> bool:
         """Train all lanes from where they stand to their end; False when someone asked to stop before. Raises StudioError."""
         try:
-            return self._run()
+            with self.crew:
+                return self._run()
         except RuntimeError as error:
             if not loop.is_out_of_memory(error):
                 raise
@@ -66,6 +76,7 @@ class Team:
         while self.running:
             if not self._make_step():
                 return False
+            self._measure()
             asked = self.desk.asked("sample") is not None
             for lane in self.running:
                 self._after_step(lane, asked)
@@ -91,19 +102,25 @@ class Team:
     def _make_step(self) -> bool:
         """One optimizer step of every lane that runs; False, with nothing changed, when someone asked to stop."""
         started, lanes = time.monotonic(), self.running
+        if not self.model.training:
+            self.model.train()
         begun = {lane.number: lane.begin() for lane in lanes}
         batches = {lane.number: [lane.task.collate(draws) for draws in begun[lane.number][0] if draws] for lane in lanes}
         units = {lane.number: sum(map(lane.task.units, batches[lane.number])) for lane in lanes}
         losses = dict.fromkeys(units, 0.0)
         for turn in range(max(map(len, batches.values()))):
             here = [lane for lane in lanes if turn < len(batches[lane.number])]
-            size = self.together or len(here)
-            for start in range(0, len(here), size):
+            size = max(1, self.at_once // self.crew.hands)
+            groups = [here[start : start + size] for start in range(0, len(here), size)]
+            given = {lane.number: batches[lane.number][turn] for lane in here}
+            go_through = partial(self._go_through, batches=given, units=units, losses=losses)
+            for start in range(0, len(groups), self.crew.hands):
                 if self.desk.asked("stop"):
                     for lane in lanes:
                         lane.optimizer.zero_grad(set_to_none=True)
                     return False
-                self._go_through(here[start : start + size], {lane.number: batches[lane.number][turn] for lane in here}, units, losses)
+                with lanes[0].task.shared(self.model):
+                    self.crew.each(go_through, groups[start : start + self.crew.hands])
         for lane in lanes:
             size = sum(map(lane.task.size, batches[lane.number]))
             try:
@@ -117,7 +134,7 @@ class Team:
 
     def _go_through(self, lanes: list[Lane], batches: dict, units: dict, losses: dict) -> None:
         """The gradients of one batch of each of these lanes, in as few passes as their shapes allow."""
-        task, model, router = lanes[0].task, lanes[0].model.model, lanes[0].router
+        task, model, router = lanes[0].task, self.model, lanes[0].router
         torch.manual_seed(key(lanes[0].spec.compute.seed, "step", self.step, 0))
         for one in task.passes([batches[lane.number] for lane in lanes]):
             owners = [lanes[number] for number, _ in one.shares]
@@ -126,6 +143,14 @@ class Team:
                 torch.stack(parts).sum().backward()
             for lane, part in zip(owners, parts):
                 losses[lane.number] += part.detach().item()
+
+    def _measure(self) -> None:
+        """Do the work of the validations that are due, as many at a time as there are threads."""
+        due = [lane for lane in self.running if lane.is_due]
+        if due and self.crew.hands > 1:
+            self.model.eval()
+            with due[0].task.shared(self.model):
+                self.crew.each(Lane.measure, due)
 
     def _after_step(self, lane: Lane, asked: bool) -> None:
         """Judge a lane, show what it says, and let it go when it is done."""
@@ -193,9 +218,10 @@ def run(folder: Path, desk: loop.Desk) -> None:
     spec = spec_of(folder)
     found = sweep.variants(spec)
     lanes = sweep.lanes(spec, found)
-    torch.set_num_threads(spec.run.compute.threads or os.cpu_count() or 1)
+    torch.set_num_threads(spec.run.compute.threads or allotment.cores())
     made, how = gather(lanes, desk, device=job.device_of(folder), folder=folder, folds=spec.folds)
     team = Team(made, desk, folder / "checkpoints", spec.together)
+    how += team.crew.words
     began_before = any(event["kind"] in runs.PROGRESS for event in runs.read_all(folder))
     task = made[0].task
     desk.emit(

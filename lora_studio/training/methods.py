@@ -17,7 +17,7 @@ from lora_studio.adapters.files import NESTED, reheaded
 from lora_studio.errors import BaseModelError
 from lora_studio.spec import TrainSpec
 from lora_studio.spec.methods import MULTIPLYING
-from lora_studio.training import adalora, dylora, first_look, full, optim, order, residual, starts, text_encoders
+from lora_studio.training import adalora, dylora, first_look, full, optim, order, residual, starts, text_encoders, virtual
 
 ADAPTER = "default"
 
@@ -38,7 +38,7 @@ class Method:
     `before_step` and `after_step(model, step, steps)` stand around each optimizer step, the gradients being there
     in both the second and `penalty(model, spec)`, which is added to the loss or None, and `abandon` in place of the second where the step
     was broken off; `state(model)` and `restore(model, tensors)` are
-    what a checkpoint keeps besides; `finish(model, spec)` gives the files of the finished adapter as {name: bytes}; `facts(model)` is told
+    what a checkpoint keeps besides; `finish(model, spec)` gives the files of the finished adapter as {name: bytes, or the place to copy from}; `facts(model)` is told
     of the finished adapter; `place(spec)` is the folder of the run that it goes to, and `words(folder, spec)` what to say of it, or ""; `ranks(model)` are the ranks it also works at, and `at_rank(model, rank)` a context in which it does."""
 
     attach: Callable
@@ -102,7 +102,7 @@ def _ia3(method, common: dict) -> peft.IA3Config:
     return peft.IA3Config(feedforward_modules=[], **common)
 
 
-CONFIGS = {"lora": _lora, "dylora": _dylora, "adalora": _adalora, "vera": _vera, "loha": _loha, "lokr": _lokr, "miss": _miss, "oft": _oft, "ia3": _ia3}
+CONFIGS = {"lora": _lora, "dylora": _dylora, "adalora": _adalora, "vera": _vera, "loha": _loha, "lokr": _lokr, "miss": _miss, "oft": _oft, "ia3": _ia3, "prompt": virtual.prompt_config, "prefix": virtual.prefix_config}
 
 
 def attach_peft(model: torch.nn.Module, spec: TrainSpec, targets: list[str]) -> torch.nn.Module:
@@ -231,5 +231,7 @@ METHODS = {
     "miss": Method(attach_peft, **PLAIN),
     "oft": Method(attach_peft, **PLAIN),
     "ia3": Method(attach_peft, **PLAIN),
+    "prompt": Method(attach_peft, **PLAIN, begin=virtual.begin),
+    "prefix": Method(attach_peft, **PLAIN, begin=virtual.begin),
     "full": Method(full.attach, group_parameters, full.finish, place=full.place, words=full.words),
 }

@@ -19,11 +19,12 @@ ROLES = (
     ("A", re.compile(r"\.lora_A\b")),
     ("vector", re.compile(r"\.(lora_E|vera_lambda_[bd]|ia3_l)\b")),
     ("factor", re.compile(r"\.(hada_\w+|lokr_\w+|miss_block|oft_R)\b")),
+    ("virtual", re.compile(r"\bprompt_encoder\.")),
 )
 
 
 def role(name: str) -> str:
-    """A, B, embedding, magnitude, vector (AdaLoRA's, VeRA's and IA3's), factor (of other products), or other (heads, biases, what is saved beside the adapter)."""
+    """A, B, embedding, magnitude, vector (AdaLoRA's, VeRA's and IA3's), factor (of other products), virtual (tokens), or other (heads, biases, what is saved beside the adapter)."""
     return next((found for found, pattern in ROLES if pattern.search(name)), "other")
 
 

@@ -95,27 +95,26 @@ def join(batches: list[Packed]) -> Packed:
     return Packed(ids, positions, lengths, torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=ids.device))
 
 
-def causal(model: nn.Module) -> nn.Module:
-    """The language model inside a PEFT wrapper, or the model itself."""
+def bare(model: nn.Module) -> nn.Module:
+    """The model inside a PEFT wrapper, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def backbone(model: nn.Module) -> nn.Module:
     """The part under the head, by `base_model_prefix`. Unsupported if there is none."""
-    inner = causal(model)
+    inner = bare(model)
     found = getattr(inner, getattr(inner, "base_model_prefix", "") or "-", None)
     if found is None:
         raise Unsupported(f"{type(inner).__name__} has no backbone under a known name")
     return found
 
 
-def hidden(model: nn.Module, batch: Packed) -> Tensor:
-    """Last hidden states (T, hidden) of the backbone, after its final norm."""
+def hidden(model: nn.Module, batch: Packed, modules: list[nn.Module] | None = None) -> Tensor:
+    """Last hidden states (T, hidden) of the backbone, after its final norm. `modules`: what `walk` found."""
     body = backbone(model)
-    entered = contextlib.nullcontext() if _switched(body) else attention(model)
     token = _current.set(batch)
     try:
-        with entered:
+        with contextlib.nullcontext() if _switched(body) else attention(model, modules):
             output = body(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
     finally:
         _current.reset(token)
@@ -123,12 +122,12 @@ def hidden(model: nn.Module, batch: Packed) -> Tensor:
 
 
 @contextlib.contextmanager
-def attention(model: nn.Module) -> Iterator[None]:
-    """Inside, `hidden` attends document by document. Unsupported if this model cannot.
+def attention(model: nn.Module, modules: list[nn.Module] | None = None) -> Iterator[None]:
+    """Inside, `hidden` attends document by document. `modules`: what `walk` found. Unsupported if this model cannot.
 
     Leaving restores the model's own attention; a backward pass may run after leaving, also with checkpointing.
     """
-    modules = _modules(model)
+    modules = modules or walk(model)
     configs = _configs(modules)
     _refuse(model, configs)
     with _switch(configs), _checkpoints(modules, configs):
@@ -137,15 +136,15 @@ def attention(model: nn.Module) -> Iterator[None]:
 
 def refuse(model: nn.Module) -> None:
     """Raise Unsupported for what is known beforehand to mix documents or to need more than causal attention."""
-    _refuse(model, _configs(_modules(model)))
+    _refuse(model, _configs(walk(model)))
 
 
 def _refuse(model: nn.Module, configs: list[PreTrainedConfig]) -> None:
-    inner, body = causal(model), backbone(model)
+    inner, body = bare(model), backbone(model)
     name = type(inner).__name__
     for peft_config in getattr(model, "peft_config", {}).values():
         if getattr(peft_config, "is_prompt_learning", False) or getattr(peft_config, "alora_invocation_tokens", None):
-            raise Unsupported(f"{peft_config.peft_type} adapters act on whole padded rows")
+            raise Unsupported("this kind of adapter acts on whole padded rows")
     if getattr(inner, "_is_stateful", False):
         raise Unsupported(f"{name} carries a recurrent state from one document into the next")
     for config in configs:
@@ -163,9 +162,9 @@ def _refuse(model: nn.Module, configs: list[PreTrainedConfig]) -> None:
         raise Unsupported(f"{name} does not take attention from transformers' registry")
 
 
-def _modules(model: nn.Module) -> list[nn.Module]:
-    """The language model and all of its backbone: one walk, which in a deep adapted model takes milliseconds."""
-    return [causal(model), *backbone(model).modules()]
+def walk(model: nn.Module) -> list[nn.Module]:
+    """The language model and all of its backbone. In a deep adapted model this takes milliseconds, as long as a small step."""
+    return [bare(model), *backbone(model).modules()]
 
 
 def _configs(modules: list[nn.Module]) -> list[PreTrainedConfig]:

@@ -10,6 +10,7 @@ Rows of different adapters never meet, so a NaN stays with its own.
 """
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from functools import partial
 
@@ -26,8 +27,8 @@ class Apart(Exception):
     """This model does not keep rows in their order along the leading axis; the message says where."""
 
 
-class Router:
-    """Whose rows are going through the model: shares of the leading axis, in order."""
+class Router(threading.local):
+    """Whose rows are going through the model on this thread: shares of the leading axis, in order."""
 
     def __init__(self):
         self.shares: list[tuple[str, int]] = []

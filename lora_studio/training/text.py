@@ -1,5 +1,6 @@
 """The language tasks chat, prompt_completion and text: rows to tokens, batches, the loss on what is to be learnt, answers."""
 
+import contextlib
 import hashlib
 import logging
 from collections.abc import Callable
@@ -36,6 +37,7 @@ class TextTask:
 
     unit = "tokens"
     fold: tuple[int, int] | None = None
+    walked: tuple[torch.nn.Module, list[torch.nn.Module]] | None = None  # a model and its modules
 
     def __init__(self, spec: TrainSpec, *, device: str, note: Callable[[str], None], folder: Path | None = None):
         self.spec, self.device, self.note = spec, torch.device(device), note
@@ -146,9 +148,18 @@ class TextTask:
             return [Pass([(number, batch.tokens) for number, batch in enumerate(batches)], lambda model: self._packed_losses(model, batches))]
         return [Pass([(number, len(batch.padded["input_ids"])) for number, batch in enumerate(batches)], lambda model: self._padded_losses(model, batches))]
 
+    def shared(self, model: torch.nn.Module) -> contextlib.AbstractContextManager:
+        """A while in which several threads may take passes: each of them would put the model's own attention back under the others."""
+        return packed.attention(model, self._walk(model)) if self.fast else contextlib.nullcontext()
+
+    def _walk(self, model: torch.nn.Module) -> list[torch.nn.Module]:
+        inside = packed.bare(model)
+        if self.walked is None or self.walked[0] is not inside:
+            self.walked = (inside, packed.walk(model))
+        return self.walked[1]
+
     def _packed_losses(self, model: torch.nn.Module, batches: list[Batch]) -> list[torch.Tensor]:
-        with packed.attention(model):
-            states = packed.hidden(model, packed.join([batch.packed for batch in batches]))
+        states = packed.hidden(model, packed.join([batch.packed for batch in batches]), self._walk(model))
         parts, head = states.split([batch.tokens for batch in batches]), fused.head_weight(model)
         return [fused.linear_cross_entropy(part[batch.places], head, batch.targets) for part, batch in zip(parts, batches)]
 
@@ -159,7 +170,8 @@ class TextTask:
             name: torch.cat([torch.nn.functional.pad(batch.padded[name], (0, widest - width)) for batch, (_, width) in zip(batches, sizes)])
             for name in batches[0].padded
         }
-        parts = model(**given, use_cache=False).logits.split([count for count, _ in sizes])
+        # Virtual tokens before the input foretell nothing that is learnt, but have logits too.
+        parts = model(**given, use_cache=False).logits[:, -widest:].split([count for count, _ in sizes])
         return [
             torch.nn.functional.cross_entropy(part[:, :width].flatten(0, 1)[batch.places].float(), batch.targets, reduction="sum")
             for part, batch, (_, width) in zip(parts, batches, sizes)

@@ -8,7 +8,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import gradio as gr
 from starlette.middleware import Middleware
 
-from lora_studio import fence, shelf, studio
+from lora_studio import fence, keeping, shelf, studio
 from lora_studio.hosting import Hosting
 from lora_studio.hosting import of as how_open
 from lora_studio.ui import guard, routes, theme
@@ -34,14 +34,14 @@ ADDRESS = "() => { if(!window.studioIsReady) return; const url = new URL(locatio
 QUIET = {"show_progress": "hidden", "api_visibility": "private"}
 
 
-def build(seats: Workspace | Seats | None = None, hosting: Hosting | None = None) -> gr.Blocks:
-    """The studio's pages over a workspace, or over that of whoever asks."""
+def build(seats: Workspace | Seats | None = None, hosting: Hosting | None = None, pump: Pump | None = None) -> gr.Blocks:
+    """The studio's pages over a workspace, or over that of whoever asks. What the pump cannot keep is said where people sign in."""
     seats = seats or local()
     found = {name: kind(seats) for name, kind in PAGES.items()}
     by_name = {}
     with gr.Blocks(title="LoRA Studio", fill_width=True, delete_cache=(3600, 86400)) as pages:
         gr.HTML(studio.hardware(), html_template=theme.BRAND, css_template=theme.BRAND_CSS, elem_classes="flush")
-        Account(seats, hosting or Hosting()).build(pages)
+        Account(seats, hosting or Hosting(), pump).build(pages)
         with gr.Tabs(selected="train", overflow_behavior="menu") as tabs:
             for name, page in found.items():
                 with gr.Tab(getattr(page, "title", name.capitalize()), id=name) as by_name[name]:
@@ -112,9 +112,10 @@ def serve(*, host: str = "127.0.0.1", port: int = 7860, block: bool = True):
         os.environ.pop("HF_TOKEN", None)
         fence.watch(lambda: asking().get(WORKSPACE))
     pump = Pump(hosting)
-    pages = build(seats, hosting)
+    pages = build(seats, hosting, pump)
     pages.pump = pump
     pump.start()
+    keeping.start(hosting.oauth.secret if hosting.oauth else hosting.password)
     pages.queue(max_size=200, default_concurrency_limit=4)
     os.environ.pop("GRADIO_DEBUG", None)  # with it Gradio waits inside launch, and what comes after never does
     middleware = [

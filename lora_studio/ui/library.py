@@ -166,7 +166,8 @@ class Library(Seated):
         self.remove.click(self.take_off, self.chosen, [self.gone, self.undo_box, self.undo_told, *self.detail], **QUIET).then(**again, **QUIET)
         self.undo.click(self.bring_back, self.gone, [self.undo_box, *self.detail], **QUIET).then(**again, **QUIET)
         self.back.click(self.bring_back, self.removed, [self.undo_box, *self.detail], **QUIET).then(**again, **QUIET)
-        given = [self.source, self.revision, self.files, self.new_name, self.new_base, pages["publish"].token]
+        given = {self.source, self.revision, self.files, self.new_name, self.new_base, pages["publish"].token}
+        self.token = pages["publish"].token
         done = [self.take_told, self.source, self.files, self.new_name, *self.detail]
         taken = self.take.click(self.add, given, done, show_progress="minimal", show_progress_on=self.take_told, api_visibility="private", concurrency_limit=2)
         taken.then(**again, **QUIET)
@@ -291,16 +292,17 @@ class Library(Seated):
             return [gr.update(visible=False), *[gr.skip()] * len(self.detail)]
         return [gr.update(visible=False), *self.show(id)]
 
-    def add(self, source, revision, files, name, base, token):
+    def add(self, given: dict):
         """Check an adapter and put it on the shelf. First says what is being done, then what came of it; what was typed stays until it is in."""
+        source, revision, name, base = (given[field] or "" for field in (self.source, self.revision, self.new_name, self.new_base))
         stay = [gr.skip()] * (3 + len(self.detail))
         yield [[theme.said("note", "It is being read and checked. The first time, this starts the bench, which takes a few seconds.")], *stay]
-        known = {"name": (name or "").strip() or None, "base": (base or "").strip() or None}
+        known = {"name": name.strip() or None, "base": base.strip() or None}
         try:
-            if files:
-                id = shelf.import_files(self.workspace, [shelf.Path(file) for file in files], **known)
-            elif (source or "").strip():
-                id = shelf.import_adapter(self.workspace, source.strip(), revision=(revision or "").strip() or None, token=token_of(token), **known)
+            if given[self.files]:
+                id = shelf.import_files(self.workspace, [shelf.Path(file) for file in given[self.files]], **known)
+            elif source.strip():
+                id = shelf.import_adapter(self.workspace, source.strip(), revision=revision.strip() or None, token=token_of(given[self.token]), **known)
             else:
                 yield [[theme.said("error", "Nothing was given. Give a folder, a file or a Hub repository, or upload the files.")], *stay]
                 return

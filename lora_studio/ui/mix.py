@@ -152,11 +152,11 @@ class Mix(Seated):
 
     def choices(self, also=()) -> list[tuple[str, str]]:
         """The newest adapters as (label, id), and those of `also`."""
-        found = {item.id: _described(item.name, item.base, item.rank) for item in library.find(self.workspace, limit=NEWEST)}
+        found = {item.id: _described(item.name, item.base, item.rank, item.method) for item in library.find(self.workspace, limit=NEWEST)}
         for id in also:
             if id not in found and self._is_there(id):
                 card = library.card(self.workspace, id)
-                found[id] = _described(card["name"], card["base"], card["rank"])
+                found[id] = _described(card["name"], card["base"], card["rank"], card["method"])
         return [(label, id) for id, label in found.items()]
 
     def label(self, id: str) -> str:
@@ -175,9 +175,9 @@ def parted(weight: Weighed) -> tuple[float, dict[str, float]]:
     return weight.get("", 1.0), {pattern: value for pattern, value in weight.items() if pattern}
 
 
-def _described(name: str, base: str, rank: int) -> str:
-    """An adapter in a list: a base that is a folder of this machine by the folder's name."""
-    return f"{name} · {base.rstrip('/').rsplit('/', 1)[-1] if base.startswith(('/', '~')) else base} · r{rank}"
+def _described(name: str, base: str, rank: int | None, method: str) -> str:
+    """An adapter in a list: a base that is a folder of this machine by the folder's name, and its rank, or the method that has none."""
+    return f"{name} · {base.rstrip('/').rsplit('/', 1)[-1] if base.startswith(('/', '~')) else base} · {f'r{rank}' if rank else method}"
 
 
 def tab_of(component) -> gr.Tab:

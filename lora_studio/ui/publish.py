@@ -6,8 +6,8 @@ import threading
 
 import gradio as gr
 
-from lora_studio import card, library, shelf
-from lora_studio.errors import HostError, StudioError
+from lora_studio import card, demo_space, library, shelf
+from lora_studio.errors import HostError, HubError, StudioError
 from lora_studio.ui import theme
 from lora_studio.ui.account import lacks
 from lora_studio.ui.seat import Seated, token_of
@@ -29,7 +29,7 @@ FILES_CSS = """
 .files small{font-size:12.5px;white-space:nowrap;color:var(--body-text-color-subdued)}
 """
 DONE = """{{#if value}}<p class="published">✓ {{value.title}} <a href="{{value.url}}" target="_blank" rel="noreferrer noopener">{{value.url}}</a><br>
-<small>{{value.what}}</small></p>{{/if}}"""
+<small>{{value.what}}</small>{{#if value.demo}}<br>Demo Space at <a href="{{value.demo}}" target="_blank" rel="noreferrer noopener">{{value.demo}}</a>{{/if}}</p>{{/if}}"""
 DONE_CSS = """
 .published{margin:0;padding:10px 12px;border:1px solid var(--studio-ok);border-radius:8px;font-size:14px;color:var(--body-text-color);overflow-wrap:anywhere}
 .published a{color:var(--color-accent)}.published small{font-size:12.5px;color:var(--body-text-color-subdued)}
@@ -38,7 +38,7 @@ DONE_CSS = """
 
 # (what is asked for, the scopes of which a sign-in needs one for it): Hugging Face's own names of them.
 NEEDED = (("pull_request", ("write-discussions", "write-repos", "manage-repos")), ("collection", ("write-collections",)))
-PLAIN = ("", False, "", "", "")  # nothing of what is under More
+PLAIN = ("", False, "", "", "", False)  # nothing of what is under More
 
 
 class Publish(Seated):
@@ -76,7 +76,8 @@ class Publish(Seated):
             self.gated = gr.Radio(GATED, value="", label="Who may have the files", interactive=True, elem_id="gated")
             self.collection = gr.Textbox("", label="Collection", info="The title of one of yours (it is made if it is not there), or its address.", elem_id="collection", **one)
             self.asks = gr.Checkbox(False, label="Open a pull request", info="Asks the repository's owner to take the files. Once more adds to the same one.", interactive=True, elem_id="asks")
-        self.more = [self.tag, self.asks, self.gated, self.collection, self.folder]
+            self.shows = gr.Checkbox(False, label="Also make a demo Space", info="A page where people try it beside its base: owner/name-demo, as private as the adapter. Once more updates it.", interactive=True, elem_id="demo-space")
+        self.more = [self.tag, self.asks, self.gated, self.collection, self.folder, self.shows]
         self.go = gr.Button("Publish", variant="primary", size="lg", elem_id="publish")
 
     def _what(self) -> None:
@@ -174,12 +175,17 @@ class Publish(Seated):
         if missing:
             yield [[theme.said("error", str(HostError("host.scope_more", missing=missing[0])))], None, gr.skip()]
             return
+        shows = bool((more or PLAIN)[-1])
+        if shows and to.pull_request:
+            yield [[theme.said("error", str(HubError("hub.request_only", what="a demo Space")))], None, gr.skip()]
+            return
         steps: queue.Queue = queue.Queue()
         workspace, own = self.workspace, token_of(token)  # asked for here: the thread below serves nobody
 
         def work() -> None:
             try:
-                steps.put(shelf.publish(workspace, id, to, token=own, report=steps.put))
+                done = shelf.publish(workspace, id, to, token=own, report=steps.put)
+                steps.put((done, _demo(workspace, id, to, done, token=own, report=steps.put) if shows else None))
             except BaseException as error:  # noqa: BLE001 - handed over to the thread that waits
                 steps.put(error)
 
@@ -195,11 +201,22 @@ class Publish(Seated):
             yield [[*progress(done), theme.said("error", f"{type(news).__name__}: the studio failed. Its log has the whole story; try again.")], None, ready]
             raise news
         else:
+            news, demo = news
             sent = f"{len(news.sent)} files, {size_in_words(news.sent_bytes)} sent" if news.sent else "everything was there already"
             more = "".join([f", version {news.tag}"] * bool(news.tag) + [f", in {news.collection}"] * bool(news.collection))
             what = f"{'private' if news.private else 'public'}, commit {news.commit[:12]}{more}, read back and found whole; {sent}"
             title = "Pull request at" if news.pull_request else "Published at"
-            yield [progress(done), {"title": title, "url": news.pull_request or news.url, "what": what}, ready]
+            told = [theme.said("warning", note) for note in demo.notes] if demo else []
+            shown = {"title": title, "url": news.pull_request or news.url, "what": what, "demo": demo.url if demo else ""}
+            yield [[*progress(done), *told], shown, ready]
+
+
+def _demo(workspace: Workspace, id: str, to: shelf.Push, done, *, token: str | None, report) -> demo_space.Deployed:
+    """The demo Space of what was just published, beside it. What goes wrong with it takes nothing back of the publication, and says so."""
+    try:
+        return demo_space.deploy(workspace, id, f"{'/'.join(done.url.rsplit('/', 2)[-2:])}-demo", license=to.license, token=token, report=report)
+    except StudioError as error:
+        return demo_space.Deployed("", done.private, (f"The adapter is published, but its demo Space is not there: {error}",))
 
 
 def progress(steps: list[str]) -> list[dict]:
@@ -210,7 +227,7 @@ def progress(steps: list[str]) -> list[dict]:
 
 def asked(repo: str, visible_to: str, license: str, *more) -> shelf.Push:
     """Where it goes and how, as the form holds it. A pull request goes to what is there, whoever may see that."""
-    tag, asks, gated, collection, folder = more or PLAIN
+    tag, asks, gated, collection, folder, _ = more or PLAIN
     words = {name: (text or "").strip() for name, text in (("tag", tag), ("gated", gated), ("collection", (collection or "").rpartition("/collections/")[2]), ("folder", folder))}
     return shelf.Push((repo or "").strip(), None if asks else visible_to != "public", license or None, pull_request=bool(asks), **words)
 

@@ -67,12 +67,7 @@ class Pump:
         """Copy what is new every few seconds, and as soon as a run has ended."""
         if self.storage is None:
             return
-        live = {
-            lock.parent
-            for pattern in ("runs/*/run.lock", "users/*/runs/*/run.lock")
-            for lock in home().glob(pattern)
-            if runs.is_live(lock.parent)
-        }
+        live = set(runs.live())
         has_ended, self.live = bool(self.live - live), live
         if has_ended or time.monotonic() - self.kept > KEEP_SECONDS:
             self.keep()

@@ -43,7 +43,7 @@ class Sweep:
         """Lay it out inside the current column."""
         names = [(f"{LABELS.get(path) or forms.label(forms.leaf(path))} · {path}", path) for path in may_vary()]
         with gr.Accordion("Several at once: compare settings in one run", open=False, elem_id="sweep"):
-            gr.Markdown("The form above says what is trained. Name what should differ: every combination becomes an adapter of its own, all are trained over one base in one pass, and the best is kept.")
+            gr.Markdown("The form above says what is trained. Name what should differ: every combination becomes an adapter of its own, all are trained over one base side by side, and the best is kept.")
             self.paths, self.values, self.rows = [], [], []
             for number in range(ROWS):
                 path = FIRST[number] if number < len(FIRST) else None
@@ -54,7 +54,7 @@ class Sweep:
             self.more = gr.Button("Another setting", size="sm", elem_id="sweep-more")
             with gr.Row():
                 self.folds = gr.Textbox("", label="Cross-validation in parts", placeholder="none", info="For few rows: each variant is trained this often, each time judged by another part, and once with all rows.", max_lines=1, interactive=True, elem_id="sweep-folds")
-                self.together = gr.Textbox("", label="In one pass at most", placeholder="all", info="Fewer take less memory and more time.", max_lines=1, interactive=True, elem_id="sweep-together")
+                self.together = gr.Textbox("", label="At the same time at most", placeholder="all", info="Fewer take less memory and more time.", max_lines=1, interactive=True, elem_id="sweep-together")
                 self.keep = gr.Radio([("The best", "best"), ("All", "all")], value="best", label="Into the library go", info="The best has the lowest validation loss.", interactive=True, elem_id="sweep-keep")
             self.tiles = theme.tiles(elem_id="sweep-tiles")
             self.memory = theme.Shown(fit.EMPTY, html_template=fit.MEMORY, css_template=fit.CSS, elem_classes="flush", elem_id="sweep-memory")
@@ -178,7 +178,7 @@ def tiles_of(spec: SweepSpec, facts: dict) -> list[dict]:
     found = [
         ("variants" + (f", {each}" if each else ""), str(facts["variants"])),
         ("adapters to train", str(facts["adapters"])),
-        ("in one pass", str(facts["at_once"]) if "at_once" in facts else ""),
+        ("at the same time", str(facts["at_once"]) if "at_once" in facts else ""),
         ("into the library", "all" if spec.keep == "all" else "the best"),
     ]
     return [{"label": label, "value": value} for label, value in found if value]

@@ -301,8 +301,10 @@ def count_in_words(count: int) -> str:
 
 
 def rates_in_words(spec: TrainSpec) -> str:
-    """Both rates and the scale, live."""
+    """Both rates and the scale, live; of a method without A and B the one rate."""
     rates = studio.rates(spec)
+    if spec.method.kind not in methods.WITH_B:
+        return f"It learns at **{rates['A']:.3g}**" + (f"; the update is scaled by **{studio.scale(spec):.3g}**." if hasattr(spec.method, "alpha") else ".")
     return f"A learns at **{rates['A']:.3g}**, B at **{rates['B']:.3g}**; the update is scaled by **{studio.scale(spec):.3g}**."
 
 

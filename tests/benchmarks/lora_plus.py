@@ -133,7 +133,8 @@ def scan(width: int, *, steps: int, seeds: int) -> dict:
             each = [adapt(width, base, ratio, mean, steps=steps, seed=seed) for seed, base in enumerate(bases)]
             curve = [[points[0][0], statistics.mean(loss for _, loss in points)] for points in zip(*(one["curve"] for one in each))]
             part = statistics.mean(one["part_of_a"] for one in each)
-            tried.append({"mean": mean, "rate": each[0]["rate"], "loss": curve[-1][1], "curve": curve, "part_of_a": part})
+            ends = [one["loss"] for one in each]
+            tried.append({"mean": mean, "rate": each[0]["rate"], "loss": curve[-1][1], "ends": ends, "curve": curve, "part_of_a": part})
         best = min((one for one in tried if math.isfinite(one["loss"])), key=lambda one: one["loss"])
         found[ratio] = {**best, "at_edge": best["mean"] in (MEANS[0], MEANS[-1]), "tried": [[one["rate"], one["loss"]] for one in tried]}
     for one in found.values():
@@ -144,13 +145,13 @@ def scan(width: int, *, steps: int, seeds: int) -> dict:
 
 def table(found: list[dict], steps: int, seeds: int) -> str:
     """The scan as a markdown table, and in words."""
-    lines = ["| width | ratio | best rate of A | of B | final loss | steps to LoRA's loss | A's part |", "|---|---|---|---|---|---|---|"]
+    lines = ["| width | ratio | best rate of A | of B | final loss | lowest to highest | steps to LoRA's loss | A's part |", "|---|---|---|---|---|---|---|---|"]
     for one in found:
         for ratio, best in one["ratios"].items():
             faster = "-" if ratio == 1 else "not reached" if best["speedup"] is None else f"{best['speedup']:.2f}x fewer"
             edge = "*" if best["at_edge"] else ""
             lines.append(
-                f"| {one['width']} | {ratio} | {best['rate']:.1e}{edge} | {best['rate'] * ratio:.1e} | {best['loss']:.4f} | {faster} | {best['part_of_a']:.0%} |"
+                f"| {one['width']} | {ratio} | {best['rate']:.1e}{edge} | {best['rate'] * ratio:.1e} | {best['loss']:.4f} | {min(best['ends']):.4f} to {max(best['ends']):.4f} | {faster} | {best['part_of_a']:.0%} |"
             )
     lines += [
         "",
@@ -167,10 +168,12 @@ def summary(found: list[dict]) -> list[str]:
         ratios = {int(ratio): best for ratio, best in one["ratios"].items()}
         best = min(ratios, key=lambda ratio: ratios[ratio]["loss"])
         gain = 1 - ratios[best]["loss"] / ratios[1]["loss"]
+        wins = sum(plus < lora for plus, lora in zip(ratios[best]["ends"], ratios[1]["ends"]))
+        often = "" if best == 1 else f" (lower with {wins} of {len(ratios[1]['ends'])} seeds)"
         lora, plus = (dict(map(tuple, ratios[ratio]["tried"])) for ratio in (1, 16))
         rate = min(lora.keys() & plus.keys())
         said.append(
-            f"Width {one['width']}: at tuned rates the best ratio is {best}, {gain:.1%} below plain LoRA's loss; at equal rates A's part is {ratios[1]['part_of_a']:.0%}, "
+            f"Width {one['width']}: at tuned rates the best ratio is {best}, {gain:.1%} below plain LoRA's loss{often}; at equal rates A's part is {ratios[1]['part_of_a']:.0%}, "
             f"at ratio 16 {ratios[16]['part_of_a']:.0%}. At the same rate of A, {rate:.1e}, LoRA ends at {lora[rate]:.4f} and ratio 16 at {plus[rate]:.4f}."
         )
     return ["", *said]
@@ -198,7 +201,7 @@ def main() -> None:
     parser.add_argument("--no-full", action="store_true", help="No reference of full fine-tuning.")
     parser.add_argument("--widths", type=int, nargs="*", default=[32, 64, 128, 256])
     parser.add_argument("--scan-steps", type=int, default=60)
-    parser.add_argument("--scan-seeds", type=int, default=1)
+    parser.add_argument("--scan-seeds", type=int, default=3)
     parser.add_argument("--dry", action="store_true", help="Write no results.")
     options = parser.parse_args()
     body, record = [], {"options": {name: value for name, value in vars(options).items() if name != "dry"}}

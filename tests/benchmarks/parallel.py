@@ -40,6 +40,7 @@ def measure(steps: int) -> dict:
 
     run = studio.compose("demo/pirate", {"schedule": {"steps": steps}, "compute": {"device": "cpu"}, "output": {"sample_prompts": []}})
     asked = sweeps.compose(run, OVER, keep="all")
+    asked = asked.model_copy(update={"together": sweeps.check(local(), asked).facts["at_once"]})  # as `sweeps.start` does
     singles = [runs.create(local(), one.spec) for one in sweep.variants(asked)]
     alone = [work(folder) for folder in singles]
     whole = runs.create(local(), asked)

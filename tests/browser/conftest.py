@@ -16,10 +16,25 @@ import pytest
 from tests.browser import made
 from tests.hub.server import Hub
 
+# Widths and colour schemes in which pages are looked at: each of both in the suite, every pair among the slow tests.
+LAYOUTS = [(1280, "light"), (390, "dark"), *(pytest.param(*one, marks=pytest.mark.slow) for one in ((1280, "dark"), (390, "light")))]
+
 TOKEN = "hf_" + "c4N4" * 8
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 ROOT = Path(__file__).parent.parent.parent
 CHROMIUM = os.environ.get("CHROMIUM") or next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+
+
+def type_into(box, text: str) -> None:
+    """Type into a box of a part that was opened just now. Gradio 6.31 gives the components of such a part their first values once more when
+    the next frame is drawn (`render_previously_invisible_children`); under load a test has typed by then, and whoever sees that types again."""
+    for _ in range(5):
+        box.fill(text)
+        box.press("Tab")
+        box.page.wait_for_timeout(700)
+        if box.input_value() == text:
+            return
+    raise AssertionError(f"{text} does not stay in its box")
 
 
 class Server:

@@ -30,3 +30,20 @@ def at(home):
             del os.environ["LORA_STUDIO_HOME"]
         else:
             os.environ["LORA_STUDIO_HOME"] = before
+
+
+def tuned_prompt(home, name: str, *, seed: int, tokens: int = 24) -> str:
+    """Put random virtual tokens, as PEFT would save a tuned prompt, on the shelf of a home. Returns its id."""
+    import json
+
+    import torch
+    from safetensors.torch import save
+
+    config = json.loads((demo_base(BASE) / "config.json").read_text())
+    values = torch.randn(tokens, config["hidden_size"], generator=torch.Generator().manual_seed(seed))
+    said = {
+        "peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "base_model_name_or_path": BASE, "num_virtual_tokens": tokens, "token_dim": config["hidden_size"],
+        "num_layers": config["num_hidden_layers"], "num_attention_heads": config["num_attention_heads"], "num_transformer_submodules": 1, "inference_mode": True,
+    }  # fmt: skip
+    files = {"adapter_config.json": json.dumps(said).encode(), "adapter_model.safetensors": save({"prompt_embeddings": values})}
+    return library.add(Workspace(home), files, {"name": name, "base": BASE})

@@ -9,6 +9,7 @@ from playwright.sync_api import expect
 from lora_studio import adapters, blend, library
 from lora_studio.workspace import Workspace
 from tests.browser import made
+from tests.browser.conftest import LAYOUTS
 from tests.browser.test_pages import HOSTILE
 
 pytestmark = pytest.mark.browser
@@ -152,8 +153,7 @@ def test_a_strangers_name_runs_no_script(shelf, open_page):
     assert page.locator("#blend-figures img").count() == 0
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize(("width", "scheme"), LAYOUTS)
 def test_nothing_sticks_out(shelf, open_page, scheme, width):
     page = open_page(f"/?tab=blend&__theme={scheme}")
     page.set_viewport_size({"width": width, "height": 844})

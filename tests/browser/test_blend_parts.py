@@ -9,6 +9,7 @@ from playwright.sync_api import expect
 from lora_studio import adapters, blend, durable, library
 from lora_studio.workspace import Workspace
 from tests.browser import made
+from tests.browser.conftest import LAYOUTS
 from tests.browser.test_blend_page import blend_page, choose
 from tests.browser.test_tryout import ask, box, foot, said, settled
 
@@ -189,8 +190,7 @@ def test_a_merge_is_baked_in_full_rank_and_says_how_that_differs(shelf, server, 
     assert recipe["merge"] == {"how": "ties"} and [part["weight"] for part in recipe["sum"]] == [1.0, 1.0]
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize(("width", "scheme"), LAYOUTS)
 def test_nothing_sticks_out_with_every_part_open(shelf, open_page, scheme, width):
     page = open_page(f"/?tab=blend&__theme={scheme}")
     page.set_viewport_size({"width": width, "height": 844})

@@ -12,7 +12,7 @@ import pytest
 
 from lora_studio import hosting, library, workspace
 from tests.browser import made
-from tests.browser.conftest import Server, hub_environment
+from tests.browser.conftest import Server, hub_environment, type_into
 from tests.hosted.issuer import SCOPES, Issuer
 from tests.hub import Hub
 from tests.test_hub import forms
@@ -108,6 +108,7 @@ def kept_in(page) -> str:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at processes in /proc")
+@pytest.mark.slow
 def test_a_visitors_token_is_found_nowhere(chromium, studio, tmp_path):
     server, hub, logs, own = studio
     from playwright.sync_api import expect
@@ -132,8 +133,7 @@ def test_a_visitors_token_is_found_nowhere(chromium, studio, tmp_path):
         publish(page, "me/typed", "read back and found whole", where="#published")
         page.get_by_role("tab", name="Library").click()
         page.get_by_text("Add an adapter").click()
-        page.locator("#import-source").locator("input, textarea").first.fill("me/signed")
-        page.locator("#import-source").locator("input, textarea").first.press("Tab")
+        type_into(page.locator("#import-source").locator("input, textarea").first, "me/signed")
         page.get_by_role("button", name="Check and add").click()
         expect(page.locator("#import-told")).to_contain_text("in the library", timeout=180_000)
         running = processes(tmp_path)

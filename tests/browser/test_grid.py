@@ -22,7 +22,7 @@ def style(server):
     return library.add(Workspace(server.home), files, {"name": "style", "base": "demo-image"})
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
 def test_a_grid_is_drawn_and_saved_as_one_picture(server, style, open_page, scheme):
     page = open_page(f"/?tab=playground&__theme={scheme}")
     box = page.locator("#mix-playground input").first

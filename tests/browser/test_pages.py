@@ -12,6 +12,7 @@ from lora_studio import durable, runs, workspace
 from lora_studio.pictures import samples
 from lora_studio.spec import parse
 from tests import tiny
+from tests.browser.conftest import LAYOUTS
 
 pytestmark = pytest.mark.browser
 HOSTILE = '<img src=x onerror="window.hacked=1"> **b** ${document.body.classList.add(location.protocol)} {{value}} `${1}` C:\\users\\x \\'
@@ -192,8 +193,7 @@ def test_sample_pictures_are_a_matrix_and_arrow_keys_move_while_new_rows_come(se
     lock.release()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize(("width", "scheme"), LAYOUTS)
 def test_nothing_sticks_out_in_light_dark_and_on_a_phone(open_page, scheme, width):
     for path in ("/?tab=train", "/?tab=runs", "/?tab=library", "/?tab=blend", "/?tab=playground", "/?tab=publish"):
         page = open_page(f"{path}&__theme={scheme}")

@@ -138,6 +138,18 @@ def test_stop_ends_a_long_answer_and_keeps_what_was_said(shelf, open_page):
     expect(foot(page, "base")).to_contain_text("all adapters off")
 
 
+def test_a_tuned_prompt_stands_beside_the_base_and_half_of_it_is_a_sentence(shelf, server, open_page):
+    made.tuned_prompt(server.home, "whisper", seed=9)
+    page = playground(open_page, "whisper")
+    ask(page)
+    assert said(page, "base") != said(page, "all") and said(page, "all")
+    page.get_by_role("slider", name="range slider for whisper").fill("0.5")
+    page.locator("#prompt textarea").fill(ASK)
+    page.locator("#prompt textarea").press("Enter")
+    expect(page.locator("#playground-sentences")).to_contain_text("whisper is a tuned prompt, which stands before the input or does not: 0.5 is no weight for it. Give it 1, or 0.", timeout=60_000)
+    expect(page.locator("#prompt textarea")).to_have_value(ASK)
+
+
 def test_what_cannot_be_answered_is_a_sentence_and_nothing_is_lost(shelf, open_page):
     page = playground(open_page, "pirate")
     ask(page)

@@ -1,6 +1,7 @@
 """The Publish page against a small Hub: what would be sent, every refusal a sentence, and the token found nowhere."""
 
 import base64
+import json
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from playwright.sync_api import expect
 
 from lora_studio import library, workspace
 from tests.browser import made
-from tests.browser.conftest import TOKEN, Server, hub_environment, pages
+from tests.browser.conftest import TOKEN, Server, hub_environment, pages, type_into
 
 pytestmark = pytest.mark.browser
 
@@ -161,6 +162,31 @@ def test_a_pull_request_to_somebody_else_is_opened_from_the_page_and_leaves_thei
     assert len(theirs.requests) == 1 and hub.files("other/theirs") == {"notes.md": b"theirs"}
 
 
+def test_a_demo_space_is_made_beside_what_was_published_and_says_what_it_needs(page, hub, server, adapter):
+    signed_in(page)
+    box(page, "repo").fill("me/shown")
+    more(page)
+    box(page, "demo-space").check()
+    publish(page)
+    expect(page.locator("#published")).to_contain_text("Demo Space at", timeout=60_000)
+    expect(page.locator("#published a").nth(1)).to_have_attribute("href", f"{hub.url}/spaces/me/shown-demo")
+    expect(told(page)).to_contain_text("me/shown is private, so the Space needs a secret HF_TOKEN")
+    record = library.card(workspace.Workspace(server.home), adapter)["publications"][-1]
+    shown = json.loads(hub.files("me/shown-demo")["demo.json"])
+    assert shown["adapter"] == {"repo": "me/shown", "revision": record["commit"]} and hub.repos["me/shown-demo"].private
+    # One of that name which is no demo stays as it is; the adapter is published all the same, and both are said.
+    hub.repo("me/other-demo", {"app.py": b"# mine"}, private=True)
+    box(page, "repo").fill("me/other")
+    publish(page)
+    expect(told(page)).to_contain_text("The adapter is published, but its demo Space is not there: me/other-demo is a Space already", timeout=60_000)
+    expect(page.locator("#published")).to_contain_text("read back and found whole")
+    assert hub.files("me/other-demo") == {"app.py": b"# mine"} and "adapter_model.safetensors" in hub.files("me/other")
+    # A pull request has no demo of its own.
+    box(page, "asks").check()
+    publish(page)
+    expect(told(page)).to_contain_text("a demo Space is for whoever owns the repository")
+
+
 def test_a_fault_is_a_sentence_and_the_next_attempt_sends_what_is_missing(page, hub):
     signed_in(page)
     box(page, "repo").fill("me/again")
@@ -210,8 +236,7 @@ def test_the_token_is_found_nowhere(chromium, hub, tmp_path):
             commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if _is_readable(path)]
             pulled = opened(server, "/?tab=library")
             pulled.get_by_text("Add an adapter").click()
-            pulled.locator("#import-source").locator("input, textarea").first.fill("me/canary-commit")
-            pulled.locator("#import-source").locator("input, textarea").first.press("Tab")
+            type_into(pulled.locator("#import-source").locator("input, textarea").first, "me/canary-commit")
             pulled.get_by_role("button", name="Check and add").click()
             expect(pulled.locator("#import-told")).to_contain_text("your account may not see it", timeout=60_000)
             server.kill()

@@ -142,6 +142,7 @@ def test_pictures_stand_side_by_side_and_follow_the_sliders(shelf, server, open_
     assert pictures[0] == pictures[1], "a mix in which nothing else acts is that part"
 
 
+@pytest.mark.slow
 def test_many_moves_end_in_the_answer_of_the_last(shelf, open_page):
     page = blend_page(open_page, "pirate", "capitals")
     page.locator("#tryout-live input").check()

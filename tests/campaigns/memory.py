@@ -24,7 +24,8 @@ def text_cases(folder: Path) -> dict[str, dict]:
         "checkpointing": {"compute": {"precision": "fp32", "checkpointing": True}}, "padded": {"compute": {"precision": "fp32", "packing": False}},
         "bf16": {"compute": {"precision": "bf16"}}, "batch 64": {"schedule": {"steps": STEPS, "batch_size": 64}},
     }  # fmt: skip
-    found |= {f"demo-text {name}": demo("pirate", **change) for name, change in changes.items()}
+    virtual = {name: {"method": {"kind": name}, "optim": {"lr": 0.02, "lora_plus_ratio": None}} for name in ("prompt", "prefix")}
+    found |= {f"demo-text {name}": demo("pirate", **change) for name, change in (changes | virtual).items()}
     sizes = {"vocab_size": 16000, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8, "head_dim": 64, "num_key_value_heads": 8}
     middle = tiny.write_base(folder / "middle", "llama", **sizes)
     long = write_long_rows(folder / "long.jsonl")
@@ -32,6 +33,7 @@ def text_cases(folder: Path) -> dict[str, dict]:
         found[f"middle text {name}"] = tiny.tree(
             middle, long, task={"kind": "chat", "max_length": 512}, schedule={"steps": 3, "batch_size": 8}, compute={"device": "cpu", "precision": "fp32", **compute}
         )
+    found |= {f"middle text {name}": {**found["middle text fp32"], **change} for name, change in virtual.items()}
     return found
 
 

@@ -1,11 +1,13 @@
 """Names that nobody should be able to do anything with, and the places that they try to reach."""
 
+import contextlib
 import json
 from pathlib import Path
 
 MARK = "zq9x"  # stands in every name that would run as code, a command, a template or a module
 SECRET = "nobody-may-read-this"
 SCRIPT = f"window.hacked='{MARK}'"
+STEP = {"step": 1, "steps": 3, "loss": 1.0, "lr_A": 1e-4, "lr_B": 1e-3, "grad_norm": 1.0, "tokens_per_second": 1.0, "memory": 1, "seconds_left": 9.0}
 
 
 def outside(place: Path) -> Path:
@@ -60,3 +62,58 @@ def _addresses() -> list[str]:
 
 def _values(folder: Path) -> list[str]:
     return ["__proto__", "NaN", "1e999", "9" * 5000, "[" * 5000, "&a [*a, *a]"]
+
+
+def belongings(workspace, names: list[str], scratch: Path) -> dict[str, list[str]]:
+    """Put every name into a workspace wherever somebody's words are kept: a run and an adapter of that name, an album with its captions, rows.
+    Returns the ids of {runs, adapters, albums}. What a verb refuses as a name still stands in the texts."""
+    from lora_studio import albums, durable, library, runs, studio
+    from lora_studio.errors import StudioError
+    from lora_studio.home import demo_base
+    from lora_studio.spec import parse
+    from tests import tiny
+    from tests.hosted.belongings import picture
+
+    made = {"runs": [], "adapters": [], "albums": []}
+    for number, name in enumerate(names):
+        called = {"name": name[:80], "data": [{"path": "demo/pirate"}], "output": {"sample_prompts": [name[:500]]}}
+        try:
+            run = runs.create(workspace, parse(called))
+        except StudioError:
+            run = runs.create(workspace, parse({**called, "name": f"hostile {number}", "output": {}}))
+        made["runs"].append(run.name)
+        for kind, fields in (
+            ("started", {"steps": 3, "device": name[:60], "precision": "float32", "fast": name[:60], "targets": [name[:60]]}), ("step", STEP), ("note", {"text": name}),
+            ("sample", {"step": 1, "prompt": name, "answer": name}), ("failed", {"reason": name}),
+        ):  # fmt: skip
+            runs.note(run, kind, **fields)
+        (run / "log.txt").write_text(name)
+        files = tiny.adapter_files(demo_base("demo-text"), seed=number, rank=1, size=0.05, ends=("q_proj",), name="demo-text")
+        id = library.add(workspace, files, {"name": f"hostile {number}", "base": "demo-text"})
+        made["adapters"].append(id)
+        for fields in ({"name": name[:80]}, {"notes": name}, {"tags": [name[:40]]}, {"trigger": name[:200]}):
+            with contextlib.suppress(StudioError):
+                library.update(workspace, id, **fields)
+        card = workspace.root / "library" / id / "card.json"
+        durable.write_json(card, {**durable.read_json(card), "source": name, "targets": [name[:200]], "run": name[:200], "metrics": {name[:200]: 1.0}})
+        picture(scratch / f"{number:03}.png")
+        (scratch / f"{number:03}.txt").write_text(name)
+    # The last of each holds all of them.
+    run = runs.create(workspace, parse({"name": "hostile all", "data": [{"path": "demo/pirate"}], "output": {"sample_prompts": [name[:500] for name in _pages()]}}))
+    runs.note(run, "started", steps=3, device="cpu", precision="float32", fast="x", targets=[name[:60] for name in names])
+    for name in names:
+        runs.note(run, "note", text=name)
+        runs.note(run, "sample", step=1, prompt=name, answer=name)
+    (run / "log.txt").write_text("\n".join(names))
+    card = workspace.root / "library" / made["adapters"][-1] / "card.json"
+    durable.write_json(card, {**durable.read_json(card), "targets": [name[:200] for name in names], "metrics": {name[:200]: 1.0 for name in names}, "notes": "\n".join(_pages())})
+    made["runs"].append(run.name)
+    rows = scratch / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": name[:2000], "completion": name[:2000]}) + "\n" for name in names))
+    studio.upload(workspace, rows, "rows.jsonl")
+    album, _ = albums.create(workspace, sorted([*scratch.glob("*.png"), *scratch.glob("*.txt")]), name="hostile captions")
+    made["albums"].append(album)
+    for name in names[:: max(1, len(names) // 12)]:
+        with contextlib.suppress(StudioError):
+            made["albums"].append(albums.create(workspace, [scratch / "000.png"], name=name)[0])
+    return made

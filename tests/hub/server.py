@@ -32,7 +32,7 @@ ROUTES = [
     ("create", "hub", "POST", r"/api/repos/create"),
     ("delete", "hub", "DELETE", r"/api/repos/delete"),
     ("auth", "hub", "GET", rf"/api/models/{ID}/auth-check(?P<write>/write)?"),
-    ("tree", "hub", "GET", rf"/api/models/{ID}/tree/(?P<revision>[^/]+)"),
+    ("tree", "hub", "GET", rf"/api/models/{ID}/tree/(?P<revision>[^/]+)(?:/(?P<folder>.+))?"),
     ("paths", "hub", "POST", rf"/api/models/{ID}/paths-info/(?P<revision>[^/]+)"),
     ("preupload", "hub", "POST", rf"/api/models/{ID}/preupload/(?P<revision>[^/]+)"),
     ("commit", "hub", "POST", rf"/api/models/{ID}/commit/(?P<revision>[^/]+)"),
@@ -41,6 +41,8 @@ ROUTES = [
     ("verify", "hub", "POST", rf"/{ID}\.git/info/lfs/objects/verify"),
     ("head", "hub", "HEAD", rf"/{ID}/resolve/(?P<revision>[^/]+)/(?P<path>.+)"),
     ("get", "hub", "GET", rf"/{ID}/resolve/(?P<revision>[^/]+)/(?P<path>.+)"),
+    ("large", "hub", "GET", rf"/api/models/{ID}/lfs-files"),
+    ("free", "hub", "POST", rf"/api/models/{ID}/lfs-files/batch"),
     ("put", "storage", "PUT", r"/objects/(?P<oid>[0-9a-f]{64})"),
     ("cdn", "storage", "GET", r"/objects/(?P<oid>[0-9a-f]{64})"),
     *extras.ROUTES,
@@ -133,8 +135,8 @@ class Handler(extras.Extras, BaseHTTPRequestHandler):
             super().handle_one_request()
 
     def answer(self):
-        # A Space is a repository like a model's, under addresses of its own.
-        path = re.sub(r"^/(api/)?spaces/", lambda found: "/api/models/" if found[1] else "/", urlsplit(self.path).path)
+        # A Space or a data set is a repository like a model's, under addresses of its own.
+        path = re.sub(r"^/(api/)?(?:spaces|datasets)/", lambda found: "/api/models/" if found[1] else "/", urlsplit(self.path).path)
         found = ((route, match) for route, server, method, pattern in ROUTES
                  if server == self.name and method == self.command and (match := re.fullmatch(pattern, path)))  # fmt: skip
         route, match = next(found, ("unknown", None))
@@ -280,8 +282,12 @@ class Handler(extras.Extras, BaseHTTPRequestHandler):
         return ok({"_id": "1", "id": id, "modelId": id, "author": id.split("/")[0], "sha": oid, "private": repo.private, "gated": "auto" if repo.gated is True else repo.gated,
                    "disabled": False, "downloads": 0, "likes": 0, "tags": [], "siblings": [{"rfilename": path} for path in files]})  # fmt: skip
 
-    def on_tree(self, body, id, revision):
+    def on_tree(self, body, id, revision, folder=None):
         _, files = self.tree(id, revision)
+        if folder:
+            files = {path: data for path, data in files.items() if path.startswith(f"{unquote(folder)}/")}
+            if not files:
+                raise Refusal(404, "Entry not found", "EntryNotFound")
         recursive = parse_qs(urlsplit(self.path).query).get("recursive", ["false"])[0].lower() == "true"
         rows = [entry(path, data) for path, data in files.items() if recursive or "/" not in path]
         folders = {path.split("/")[0] for path in files if "/" in path}
@@ -347,6 +353,21 @@ class Handler(extras.Extras, BaseHTTPRequestHandler):
         if errors:
             raise Refusal(400, errors[0]["message"])
         return ok(self.committed(id, title, files, request))
+
+    def on_large(self, body, id):
+        self.find(id, write=True)
+        named = {sha256(data): (path, data) for _, _, files in self.hub.repos[id].commits for path, data in files.items() if path.endswith(LFS)}
+        return ok([{"fileOid": oid, "filename": path, "oid": oid, "pushedAt": extras.NOW, "size": len(data)} for oid, (path, data) in named.items()])
+
+    def on_free(self, body, id):
+        repo, gone = self.find(id, write=True), json.loads(body)["deletions"]
+        for oid in gone["sha"]:
+            self.hub.objects.pop(oid, None)
+        if gone["rewriteHistory"]:
+            commits, repo.commits = repo.commits, []
+            for _, title, files in commits:
+                repo.commit(title, {path: data for path, data in files.items() if not (path.endswith(LFS) and sha256(data) in gone["sha"])})
+        return ok({})
 
     def on_get(self, body, id, revision, path):
         oid, files = self.tree(id, revision, files=True)

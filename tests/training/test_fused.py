@@ -212,13 +212,13 @@ def test_checkpointing_over_fast_paths_changes_no_gradient(reentrant):
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-6, atol=1e-7)
     groups = [module.forward.func for module in model.modules() if "forward" in module.__dict__]
-    assert all(group.members and not group.waiting for group in groups if isinstance(group, fused.Siblings))
+    assert all(group.members and not group.turns for group in groups if isinstance(group, fused.Siblings))
 
 
 def test_bfloat16_keeps_float32_masters_and_stays_near():
     model = adapted()
     exact = gradients(model, packed_loss(model))
-    inner = packed.causal(model)
+    inner = packed.bare(model)
     for module in inner.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.requires_grad:

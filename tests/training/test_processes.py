@@ -10,13 +10,18 @@ from lora_studio import runs
 from lora_studio.spec import parse
 from tests import tiny
 
+METHODS = {
+    **{init: {"method": {"rank": 4, "alpha": 8, "init": init}, "optim": {"lr": 2e-3, "lora_plus_ratio": 16}} for init in ("kaiming", "lora_ga")},
+    **{kind: {"method": {"kind": kind, "tokens": 5}} for kind in ("prompt", "prefix")},
+}
+
 
 @pytest.mark.slow
-@pytest.mark.parametrize("init", ["kaiming", "lora_ga"])
-def test_two_processes_make_the_steps_of_one(workspace, base, chat_rows, free_port, init):
+@pytest.mark.parametrize("name", METHODS)
+def test_two_processes_make_the_steps_of_one(workspace, base, chat_rows, free_port, name):
     found = []
     for count in (1, 2):
-        folder = runs.create(workspace, parse({**tiny.tree(base, chat_rows), "output": {}, "method": {"rank": 4, "alpha": 8, "init": init}}))
+        folder = runs.create(workspace, parse({**tiny.tree(base, chat_rows), "output": {}, "optim": {"lr": 2e-3}, **METHODS[name]}))
         words = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(count), "--num_machines", "1",
                  "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(free_port),
                  "-m", "lora_studio.worker", "--inside", str(folder)]  # fmt: skip

@@ -7,12 +7,15 @@ import pytest
 
 from lora_studio import library
 from lora_studio.errors import BlendError
+from lora_studio.home import demo_base
 from lora_studio.jobs import bench
 from lora_studio.ui.blend import Blend
 from lora_studio.ui.figures import exact_rank, figures_of, pair_in_words, percent, rank_of, suggestions
 from lora_studio.ui.mix import POOL
 from lora_studio.ui.playground import Playground
+from lora_studio.ui.tryout import Turn
 from tests.browser.made import adapter
+from tests.test_dora import dora
 
 
 @pytest.fixture
@@ -94,6 +97,20 @@ def test_talk_to_it_takes_the_saved_blend_only_while_the_sliders_say_the_same(pa
     assert page.jump(playground, saved, "", pair, pair, *pool(1.0, 0.5))[2] == [saved["id"]]
     assert page.jump(playground, saved, "", pair, pair, *pool(1.0, 0.6))[2] == pair
     assert page.jump(playground, saved, "4", pair, pair, *pool(1.0, 0.5))[2] == pair
+
+
+def test_a_dora_adapter_is_tried_and_baked_and_what_it_cannot_do_is_said_with_the_way(page, pair, home, workspace, tmp_path):
+    known = {"name": "doubled", "base": "demo-text"}
+    mine = library.add(workspace, dora(demo_base("demo-text"), tmp_path / "dora", targets=["q_proj"], base_name="demo-text"), known)
+    given = ([mine, pair[0]], [mine, pair[0]], *pool(0.5, 1.0))
+    *_, seen = page.look("", *given)
+    assert "Try it in the Playground, bake it" in told(seen[-1]) and told(page.keep("both", "", *given)[0]) == told(seen[-1])
+    assert "tensors would change" in told(page.bake.say(page.mix, "", (), *given))
+    *_, last = page.bake.bake(page.mix, "mixed", "", (), *given)
+    assert last[0]["level"] == "ok" and (workspace.root / "models" / "mixed" / "model.safetensors").is_file()
+    asked = {page.tryout.prompt: "What color is the fox?", page.tryout.against: "base", page.tryout.seed: 0, page.tryout.longest: 12, page.tryout.steps: 20, page.tryout.rank: "", page.tryout.live: False}
+    *_, answered = page.tryout.answer({**asked, page.tryout.turn: Turn(), **dict(zip(page.mix.inputs, [*given, {}]))})
+    assert "doubled × 0.5, pirate × 1" in str(answered)
 
 
 def test_ranks_errors_and_pairs_in_words():

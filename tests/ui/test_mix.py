@@ -8,7 +8,7 @@ import pytest
 from lora_studio import library
 from lora_studio.errors import AdapterError, BlendError
 from lora_studio.ui.mix import POOL, Mix
-from tests.browser.made import adapter
+from tests.browser.made import adapter, tuned_prompt
 
 
 @pytest.fixture
@@ -80,6 +80,11 @@ def test_weights_by_block_go_with_their_adapter_into_every_sum(mix, shelf):
     assert updates[-2] == {b: {"mlp": 0.0}} and updates[3]["value"] == 0.4 and mix.open([[b, {"mlp": 0.0}]])[3]["value"] == 1.0
     with pytest.raises(BlendError, match=r"The weight of pirate in model.layers.0 is 7, but it must be a number from -2 to 2"):
         mix.parts([a], [a], *pool(0.5), {a: {"model.layers.0": 7}})
+
+
+def test_what_has_no_rank_is_called_by_its_method(mix, workspace):
+    id = tuned_prompt(workspace.root, "whisper", seed=1)
+    assert ("whisper · demo-text · prompt", id) in mix.fresh([])["choices"]
 
 
 def test_a_typed_name_is_the_adapter_and_an_unknown_one_is_a_sentence(mix, shelf, workspace):

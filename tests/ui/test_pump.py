@@ -3,8 +3,12 @@
 import os
 import shutil
 import time
+from dataclasses import replace
+from types import SimpleNamespace
 
+from lora_studio.fence import Limits
 from lora_studio.hosting import Hosting
+from lora_studio.ui.account import Account
 from lora_studio.ui.pump import Pump
 
 
@@ -17,11 +21,15 @@ def test_trouble_with_the_storage_is_said_once_and_gets_over(workspace, tmp_path
     place.write_text("in the way")
     (workspace.data / "b.jsonl").write_text("b")
     assert not pump.keep() and not pump.keep()
+    line = Account(workspace, Hosting(storage=str(place), space="me/studio"), pump)._line
+    me, visitor = SimpleNamespace(name="me"), replace(workspace, limits=Limits())
+    assert line(me, workspace)["lasts"] == pump.trouble and str(place) in pump.trouble
+    assert "not being kept" in line(me, visitor)["lasts"] and str(place) not in line(me, visitor)["lasts"]
     assert capsys.readouterr().out.count("LORA_STUDIO_STORAGE") == 1
     place.unlink()
     for name in ("objects", "manifests"):
         (place / name).mkdir(parents=True)
-    assert pump.keep(everything=True) and pump.trouble == ""
+    assert pump.keep(everything=True) and pump.trouble == "" and line(me, workspace)["lasts"] == ""
     shutil.rmtree(workspace.root)
     Pump(Hosting(storage=str(place)))
     assert (workspace.data / "a.jsonl").read_text() == "a" and (workspace.data / "b.jsonl").read_text() == "b"

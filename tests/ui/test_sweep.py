@@ -49,7 +49,7 @@ def test_every_setting_on_offer_may_vary(page, given):
 def test_four_values_are_four_adapters_and_the_memory_of_all(page, given):
     assert sweep.ASK in told(page, given)
     tiles, memory, _, command = page.sweep.look(vary(page, given, ("optim.lr", "1e-4, 1e-3"), ("method.rank", "2, 4")))
-    assert {tile["label"]: tile["value"] for tile in tiles} == {"variants": "4", "adapters to train": "4", "in one pass": "4", "into the library": "the best"}
+    assert {tile["label"]: tile["value"] for tile in tiles} == {"variants": "4", "adapters to train": "4", "at the same time": "4", "into the library": "the best"}
     assert memory["badge"] == "fits" and {"base", sweeps.ADAPTERS, "activations"} <= {part["label"] for part in memory["parts"]}
     assert "sweep" in command and "--over 'method.rank=2, 4'" in command
     folds = page.sweep.look(vary(page, given, ("method.rank", "2, 4")) | {page.sweep.folds: "3", page.sweep.together: "2"})
