@@ -15,6 +15,7 @@ from lora_studio.ui import guard, routes, theme
 from lora_studio.ui.account import Account
 from lora_studio.ui.blend import Blend
 from lora_studio.ui.door import Door
+from lora_studio.ui.events import QUIET
 from lora_studio.ui.how import How
 from lora_studio.ui.library import Library
 from lora_studio.ui.pictures import Pictures
@@ -31,7 +32,6 @@ from lora_studio.workspace import Workspace, local
 PAGES = {"train": Train, "pictures": Pictures, "runs": Runs, "library": Library, "blend": Blend, "playground": Playground, "publish": Publish, "versus": Versus, "how": How}
 # Tabs say that they were selected while the page loads too; the address follows only once it has been read.
 ADDRESS = "() => { if(!window.studioIsReady) return; const url = new URL(location); url.searchParams.set('tab', '%s'); history.replaceState(null, '', url); }"
-QUIET = {"show_progress": "hidden", "api_visibility": "private"}
 
 
 def build(seats: Workspace | Seats | None = None, hosting: Hosting | None = None, pump: Pump | None = None) -> gr.Blocks:

@@ -11,6 +11,7 @@ from lora_studio.errors import HostError, StudioError
 from lora_studio.hosting import Hosting
 from lora_studio.jobs import tokens
 from lora_studio.ui import theme
+from lora_studio.ui.events import QUIET
 from lora_studio.ui.pump import Pump
 from lora_studio.ui.seat import PERSON, Seated, asking, token_of
 
@@ -27,7 +28,6 @@ ABOUT = (
     "only files that are closed, and none in which a password or a key is found. After a restart they come back when you sign in."
 )
 UNKEPT = "What is made here is not being kept at the moment. Publish what you want to keep, and tell the owner of this studio."
-QUIET = {"show_progress": "hidden", "api_visibility": "private"}
 
 
 class Account(Seated):

@@ -7,8 +7,8 @@ import gradio as gr
 from lora_studio import baking
 from lora_studio.errors import BlendError, StudioError
 from lora_studio.ui import theme
+from lora_studio.ui.events import QUIET
 from lora_studio.ui.merge import in_full, way
-from lora_studio.ui.mix import QUIET
 from lora_studio.ui.seat import Seated
 from lora_studio.workspace import Workspace
 

@@ -9,6 +9,7 @@ from lora_studio.errors import AdapterError, StudioError
 from lora_studio.ui import theme
 from lora_studio.ui.bake import Bake
 from lora_studio.ui.curve import ErrorCurve
+from lora_studio.ui.events import LIVE, QUIET
 from lora_studio.ui.export import Export
 from lora_studio.ui.figures import (
     FIGURES,
@@ -25,7 +26,7 @@ from lora_studio.ui.figures import (
 from lora_studio.ui.judge import Judge
 from lora_studio.ui.layers import Layers
 from lora_studio.ui.merge import Merge
-from lora_studio.ui.mix import LIVE, QUIET, Mix, tab_of
+from lora_studio.ui.mix import Mix, tab_of
 from lora_studio.ui.search import Search
 from lora_studio.ui.seat import Seated
 from lora_studio.ui.tryout import Tryout

@@ -4,9 +4,9 @@ import gradio as gr
 
 from lora_studio import options
 from lora_studio.ui import forms
+from lora_studio.ui.events import LIVE, QUIET
 
 CROSS = "✗ "  # options of a list cannot be switched off in Gradio; theme.CSS greys those that begin with it
-QUIET = {"show_progress": "hidden", "api_visibility": "private"}
 
 
 class Choices:
@@ -31,7 +31,7 @@ class Choices:
         fields, form = self.fields, self.page.form
         asked = {*fields.values(), form["base.id"], form["base.revision"], self.known}
         # After the page has looked, and not at a change itself: several events at the changes of one list make each other happen without end.
-        self.page.looked.then(self.look, asked, [self.known, self.reasons], concurrency_limit=None, **QUIET)
+        self.page.looked.then(self.look, asked, [self.known, self.reasons], **LIVE)
         self.reasons.change(self.draw, {*fields.values(), self.reasons, self.drawn}, [*fields.values(), self.drawn], **QUIET)
         for path, part in fields.items():
             if forms.leaf(path).choices:

@@ -7,7 +7,7 @@ import gradio as gr
 from lora_studio import exports
 from lora_studio.errors import StudioError
 from lora_studio.ui import theme
-from lora_studio.ui.mix import QUIET
+from lora_studio.ui.events import QUIET, TYPED, Newest
 from lora_studio.ui.seat import Seated
 from lora_studio.workspace import Workspace
 
@@ -38,8 +38,10 @@ class Export(Seated):
     def connect(self, chosen: gr.State) -> None:
         """Let the parts act on the adapter in a state."""
         self.chosen = chosen
-        chosen.change(self.fit, [chosen, self.form, self.dtype], [self.box, self.form, self.outlook, self.get, self.told], **QUIET)
-        gr.on([self.form.input, self.dtype.input], self.look, [chosen, self.form, self.dtype], [self.outlook, self.get, self.told], **QUIET)
+        asked, seen, newest = [chosen, self.form, self.dtype], [self.outlook, self.get, self.told], Newest()
+        fitted = [self.box, self.form, *seen]
+        chosen.change(newest(self.fit, fitted), asked, fitted, **TYPED)
+        gr.on([self.form.input, self.dtype.input], newest(self.look, seen), asked, seen, **TYPED)
         self.start.click(self.make, [chosen, self.form, self.dtype], [self.told, self.get], trigger_mode="once", concurrency_limit=2, **QUIET)
 
     def fit(self, chosen, form: str, dtype: str) -> list:

@@ -10,7 +10,8 @@ import gradio as gr
 from lora_studio import grids
 from lora_studio.errors import StudioError
 from lora_studio.ui import theme
-from lora_studio.ui.mix import LIVE, QUIET, whole
+from lora_studio.ui.events import LIVE, QUIET
+from lora_studio.ui.mix import whole
 from lora_studio.ui.seat import Seated
 from lora_studio.workspace import Workspace
 

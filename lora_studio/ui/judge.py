@@ -9,7 +9,8 @@ from lora_studio import judging, shelf
 from lora_studio.errors import BlendError, StudioError
 from lora_studio.ui import theme
 from lora_studio.ui.conflict_map import ConflictMap
-from lora_studio.ui.mix import LIVE, QUIET, Mix
+from lora_studio.ui.events import LIVE, QUIET
+from lora_studio.ui.mix import Mix
 from lora_studio.ui.seat import Seated
 from lora_studio.workspace import Workspace
 

@@ -9,7 +9,8 @@ import gradio as gr
 from lora_studio import library, shelf, weights
 from lora_studio.errors import BlendError, StudioError
 from lora_studio.ui import theme
-from lora_studio.ui.mix import LEAST, LIVE, MOST, QUIET, Mix
+from lora_studio.ui.events import LIVE, QUIET
+from lora_studio.ui.mix import LEAST, MOST, Mix
 from lora_studio.ui.seat import Seated
 from lora_studio.workspace import Workspace
 

@@ -7,13 +7,12 @@ import gradio as gr
 from lora_studio import library, shelf
 from lora_studio.errors import StudioError
 from lora_studio.ui import theme, tree
+from lora_studio.ui.events import QUIET, TYPED, Newest
 from lora_studio.ui.export import Export
 from lora_studio.ui.numbers import Numbers
 from lora_studio.ui.seat import Seated, token_of
 from lora_studio.workspace import Workspace
 
-QUIET = {"show_progress": "hidden", "api_visibility": "private"}
-TYPED = {**QUIET, "trigger_mode": "always_last"}
 PAGE = 60
 ORDERS = [("Newest first", "newest"), ("Oldest first", "oldest"), ("By name", "name"), ("Largest first", "size"), ("Highest rank first", "rank")]
 ANY = ""
@@ -149,28 +148,28 @@ class Library(Seated):
 
     def connect(self, tabs: gr.Tabs, pages: dict) -> None:
         """Let the parts act. `pages` are the other pages by name."""
-        again = {"fn": self.search, "inputs": [*self.asked, self.chosen], "outputs": self.listed}
+        again = {"fn": Newest()(self.search, self.listed), "inputs": [*self.asked, self.chosen], "outputs": self.listed, **TYPED}
         for part in (self.words, self.base, self.tag, self.method, self.order, self.starred):
-            part.change(**again, **TYPED, concurrency_limit=None)
-        self.more.click(lambda many: many + PAGE, self.many, self.many, **QUIET).then(**again, **QUIET)
-        self.grid.pick(self.pick, None, self.detail, **QUIET).then(**again, **QUIET)
-        self.tree.pick(self.pick, None, self.detail, **QUIET).then(**again, **QUIET)
+            part.change(**again, concurrency_limit=None)
+        self.more.click(lambda many: many + PAGE, self.many, self.many, **QUIET).then(**again)
+        self.grid.pick(self.pick, None, self.detail, **QUIET).then(**again)
+        self.tree.pick(self.pick, None, self.detail, **QUIET).then(**again)
         self.export.connect(self.chosen)
         self.numbers.connect(self.chosen)
         runs = pages["runs"]
         self.facts.run(self._visit(runs), None, [tabs, *runs.opened], **QUIET)
         fields = [self.chosen, self.name, self.tags, self.trigger, self.notes]
-        self.save.click(self.write, fields, self.detail, **QUIET).then(**again, **QUIET)
-        self.star.click(self.mark, self.chosen, self.detail, **QUIET).then(**again, **QUIET)
-        self.verify.click(self.check, self.chosen, self.detail, show_progress="minimal", show_progress_on=self.card_told, api_visibility="private").then(**again, **QUIET)
-        self.remove.click(self.take_off, self.chosen, [self.gone, self.undo_box, self.undo_told, *self.detail], **QUIET).then(**again, **QUIET)
-        self.undo.click(self.bring_back, self.gone, [self.undo_box, *self.detail], **QUIET).then(**again, **QUIET)
-        self.back.click(self.bring_back, self.removed, [self.undo_box, *self.detail], **QUIET).then(**again, **QUIET)
+        self.save.click(self.write, fields, self.detail, **QUIET).then(**again)
+        self.star.click(self.mark, self.chosen, self.detail, **QUIET).then(**again)
+        self.verify.click(self.check, self.chosen, self.detail, show_progress="minimal", show_progress_on=self.card_told, api_visibility="private").then(**again)
+        self.remove.click(self.take_off, self.chosen, [self.gone, self.undo_box, self.undo_told, *self.detail], **QUIET).then(**again)
+        self.undo.click(self.bring_back, self.gone, [self.undo_box, *self.detail], **QUIET).then(**again)
+        self.back.click(self.bring_back, self.removed, [self.undo_box, *self.detail], **QUIET).then(**again)
         given = {self.source, self.revision, self.files, self.new_name, self.new_base, pages["publish"].token}
         self.token = pages["publish"].token
         done = [self.take_told, self.source, self.files, self.new_name, *self.detail]
         taken = self.take.click(self.add, given, done, show_progress="minimal", show_progress_on=self.take_told, api_visibility="private", concurrency_limit=2)
-        taken.then(**again, **QUIET)
+        taken.then(**again)
         self._jumps(tabs, pages)
 
     def _jumps(self, tabs: gr.Tabs, pages: dict) -> None:

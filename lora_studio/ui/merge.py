@@ -5,7 +5,7 @@ import gradio as gr
 from lora_studio import merges
 from lora_studio.errors import AdapterError, BlendError, StudioError
 from lora_studio.ui import theme
-from lora_studio.ui.mix import QUIET
+from lora_studio.ui.events import QUIET
 from lora_studio.ui.seat import Seated
 from lora_studio.workspace import Workspace
 

@@ -8,6 +8,7 @@ import gradio as gr
 from lora_studio import library
 from lora_studio.errors import AdapterError, BlendError
 from lora_studio.ui import theme
+from lora_studio.ui.events import LIVE
 from lora_studio.ui.seat import Seated
 from lora_studio.weights import Weight as Weighed
 from lora_studio.workspace import Workspace
@@ -16,9 +17,6 @@ POOL = 8
 LEAST, MOST, STEP = -2.0, 2.0, 0.01
 NEWEST = 300
 BY_BLOCK = " · by block"  # of a slider whose adapter has further weights
-QUIET = {"show_progress": "hidden", "api_visibility": "private"}
-# While one event is answered the next ones would be dropped, so the last is asked for again.
-LIVE = {**QUIET, "trigger_mode": "always_last", "concurrency_limit": None}
 
 Parts = list[list]
 

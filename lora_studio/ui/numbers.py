@@ -7,10 +7,10 @@ import gradio as gr
 from lora_studio import numbers
 from lora_studio.errors import StudioError
 from lora_studio.ui import theme
+from lora_studio.ui.events import QUIET
 from lora_studio.ui.seat import Seated
 from lora_studio.workspace import Workspace
 
-QUIET = {"show_progress": "hidden", "api_visibility": "private"}
 ROWS = """<dl class="numbers">{{#each value}}<dt>{{label}}</dt><dd>{{value}}</dd>{{/each}}</dl>"""
 ROWS_CSS = """
 .numbers{display:grid;grid-template-columns:minmax(84px,max-content) 1fr;gap:3px 14px;margin:0;font-size:13px}

@@ -9,12 +9,11 @@ from lora_studio import albums, studio
 from lora_studio.errors import DataError, SpecError, StudioError
 from lora_studio.ui import counts, gallery, theme
 from lora_studio.ui.album_words import pictures, scope, told_of, undoing
+from lora_studio.ui.events import LIVE, QUIET, TYPED, Newest
 from lora_studio.ui.seat import Seated
 from lora_studio.ui.train import sources_of
 from lora_studio.workspace import Workspace
 
-QUIET = {"show_progress": "hidden", "api_visibility": "private"}
-TYPED = {**QUIET, "trigger_mode": "always_last"}
 PAGE = 60
 NEW = ""
 SHOWN = [("Every picture", "all"), ("Without a caption", "missing"), ("Same caption as another", "same"), ("Chosen ones", "chosen")]
@@ -127,8 +126,12 @@ class Pictures(Seated):
         asked = [self.album, self.chosen, self.model, self.which, self.prompt]
         self.caption.click(self.write_captions, asked, [self.told, self.started], show_progress="minimal", show_progress_on=self.told, api_visibility="private").then(show, self.started, outputs, **QUIET)
         self._connect_ways_in()
-        self._connect_gallery()
-        self._connect_edits()
+        newest = Newest()
+        look = {"fn": newest(self.look, self.shown), "inputs": self.asked, "outputs": self.shown, **TYPED}
+        searched = newest(lambda *asked: self.look(asked[0], 0, *asked[2:]), self.shown)
+        gr.on([self.search.change, self.filter.input], searched, self.asked, self.shown, **LIVE)
+        self._connect_gallery(look)
+        self._connect_edits(look)
         train.captions.click(lambda rows: self.edit_source(train, rows), train.form["data"], [tabs, *self.opened, train.form["data"], train.data], show_progress="minimal", api_visibility="private")
         self.train.click(lambda album, *form: [gr.Tabs(selected="train"), *train.bring(self.path(album), *form)], [self.album, *train.bringing], [tabs, *train.brought], **QUIET)
 
@@ -140,36 +143,33 @@ class Pictures(Seated):
         back = self.restore.click(self.fetch_back, self.gone, self.opened, **QUIET)
         for event in (taken, copied, gone, back):
             self._then_count(event)
-        self.album.input(lambda album: self.open(album), self.album, self.opened, **TYPED).then(self.recount, [self.album, self.resolution, self.counting], self.counted, **QUIET)
+        self.album.input(lambda album: self.open(album), self.album, self.opened, **TYPED).then(self.recount, [self.album, self.resolution, self.counting], self.counted, **TYPED)
         self.album.change(None, self.album, None, js=ADDRESS, api_visibility="private")
 
-    def _connect_gallery(self) -> None:
-        look = {"fn": self.look, "inputs": self.asked, "outputs": self.shown}
-        gr.on([self.search.change, self.filter.input], lambda *asked: self.look(asked[0], 0, *asked[2:]), self.asked, self.shown, concurrency_limit=None, **TYPED)
+    def _connect_gallery(self, look: dict) -> None:
         for button, step in ((self.back, -1), (self.next, 1)):
-            button.click(lambda page, step=step: page + step, self.page, self.page, **QUIET).then(**look, **QUIET)
+            button.click(lambda page, step=step: page + step, self.page, self.page, **QUIET).then(**look)
         # Every event by itself: of several, "always_last" would ask again with the first one's data.
         told = {**QUIET, "trigger_mode": "multiple", "concurrency_limit": 1}
         self.gallery.choose(self.choose, [self.album, self.turn], [self.turn, self.chosen, self.scope, self.remove], **told)
-        self.gallery.saved(self.saved, [self.revision, *self.asked], self.shown, **told).then(self.recount, [self.album, self.resolution, self.counting], self.counted, **QUIET)
+        self.gallery.saved(self.saved, [self.revision, *self.asked], self.shown, **told).then(self.recount, [self.album, self.resolution, self.counting], self.counted, **TYPED)
         self.all.click(self.choose_all, self.asked, self.shown, **QUIET)
         self.none.click(lambda *asked: self.look(*asked[:4], []), self.asked, self.shown, **QUIET)
 
-    def _connect_edits(self) -> None:
+    def _connect_edits(self, look: dict) -> None:
         chosen = [self.album, self.chosen, self.revision]
-        after = {"fn": self.look, "inputs": self.asked, "outputs": self.shown}
         words = [self.words, self.put, self.find, self.loose]
         events = [self.replace.click(self.doer("replace"), [*chosen, *words], self.told, **QUIET)]
         events += [button.click(self.doer(kind), [*chosen, *words], self.told, **QUIET) for kind, button in self.by_kind.items()]
         events += [button.click(fn, chosen, self.told, **QUIET) for button, fn in ((self.undo, self.take_back), (self.redo, self.do_again), (self.remove, self.take_out))]
         for event in events:
-            self._then_count(event.then(**after, **QUIET))
-        gr.on([self.statistics.expand], lambda: True, None, self.counting, **QUIET).then(self.recount, [self.album, self.resolution, self.counting], self.counted, **QUIET)
+            self._then_count(event.then(**look))
+        gr.on([self.statistics.expand], lambda: True, None, self.counting, **QUIET).then(self.recount, [self.album, self.resolution, self.counting], self.counted, **TYPED)
         self.statistics.collapse(lambda: False, None, self.counting, **QUIET)
         gr.on([self.resolution.submit, self.resolution.blur], self.recount, [self.album, self.resolution, self.counting], self.counted, **TYPED)
 
     def _then_count(self, event) -> None:
-        event.then(self.recount, [self.album, self.resolution, self.counting], self.counted, show_progress="minimal", show_progress_on=self.tiles, api_visibility="private")
+        event.then(self.recount, [self.album, self.resolution, self.counting], self.counted, **{**TYPED, "show_progress": "minimal"}, show_progress_on=self.tiles)
 
     # ---- what is shown
 

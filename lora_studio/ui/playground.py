@@ -8,8 +8,9 @@ import gradio as gr
 from lora_studio import families, library, shelf
 from lora_studio.errors import BenchError, StudioError
 from lora_studio.ui import answers, theme
+from lora_studio.ui.events import LIVE, QUIET
 from lora_studio.ui.grid import Grid
-from lora_studio.ui.mix import LIVE, QUIET, Mix, Parts, tab_of, whole
+from lora_studio.ui.mix import Mix, Parts, tab_of, whole
 from lora_studio.ui.seat import Seated
 from lora_studio.workspace import Workspace
 

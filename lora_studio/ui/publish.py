@@ -10,11 +10,10 @@ from lora_studio import card, demo_space, library, shelf
 from lora_studio.errors import HostError, HubError, StudioError
 from lora_studio.ui import theme
 from lora_studio.ui.account import lacks
+from lora_studio.ui.events import LIVE, QUIET, TYPED, Newest
 from lora_studio.ui.seat import Seated, token_of
 from lora_studio.workspace import Workspace
 
-QUIET = {"show_progress": "hidden", "api_visibility": "private"}
-TYPED = {**QUIET, "trigger_mode": "always_last"}
 NEWEST, NOBODY = 300, "your-name"
 GATED = [("As it is; a new one: everybody who sees it", ""), ("Whoever accepts the terms", "auto"), ("Whoever you let in", "manual"), ("Everybody who sees it", "none")]
 COMMON = ("apache-2.0", "mit", "cc-by-4.0", "cc-by-nc-4.0", "cc0-1.0", "openrail", "other")
@@ -106,8 +105,9 @@ class Publish(Seated):
         arrived = tab.select(self.arrive, [self.adapter, self.owner], self.opened, **QUIET)
         arrived.then(**signing, **QUIET, concurrency_limit=4)
         gr.on([self.look.click, self.token.blur, self.token.submit], **signing, **TYPED, concurrency_limit=4)
+        draft = Newest()(self.draft, self.drafted)
         for part in (self.adapter, self.repo, self.visible_to, self.license, *self.more):
-            part.change(self.draft, form, self.drafted, **TYPED, concurrency_limit=None)
+            part.change(draft, form, self.drafted, **LIVE)
         self.go.click(self.push, form, [self.told, self.done, self.go], **QUIET, concurrency_limit=4)
 
     # ---- what is shown

@@ -6,6 +6,7 @@ from lora_studio import settings, studio
 from lora_studio.advice import PATHS, Recommendation
 from lora_studio.errors import StudioError
 from lora_studio.ui import forms, theme
+from lora_studio.ui.events import QUIET
 
 REASONS = """{{#if value.rows}}<div class="reasons"><p>{{value.preset}}</p><dl>{{#each value.rows}}<dt><code>{{path}}</code> <b>{{shown}}</b></dt><dd>{{reason}}</dd>{{/each}}</dl></div>{{/if}}"""
 CSS = """
@@ -15,7 +16,6 @@ CSS = """
 .reasons code{font-size:12px;padding:1px 5px;border-radius:5px;background:var(--background-fill-secondary)}
 @media (max-width:640px){.reasons dl{grid-template-columns:1fr}.reasons dd{margin-bottom:5px}}
 """
-QUIET = {"show_progress": "hidden", "api_visibility": "private"}
 # What a recommendation goes by: anything else that stands in the form may be wrong and does not matter.
 ASKED = ("base.id", "base.revision", "data", "task.kind", "method.kind")
 

@@ -8,6 +8,7 @@ from lora_studio import library, memory, retries, runs, settings, studio, sweeps
 from lora_studio.errors import StudioError
 from lora_studio.ui import ranks, samples, theme, variants
 from lora_studio.ui.chart import Curves, LiveChart
+from lora_studio.ui.events import QUIET
 from lora_studio.ui.seat import Seated
 from lora_studio.workspace import Workspace
 
@@ -29,7 +30,6 @@ element.addEventListener('click', event => { const run = event.target.closest('.
   const url = new URL(location); url.searchParams.set('run', run.dataset.id); history.replaceState(null, '', url);
   trigger('pick', {id: run.dataset.id}); });
 """
-QUIET = {"show_progress": "hidden", "api_visibility": "private"}
 LOG_BYTES = 16 * 1024
 
 

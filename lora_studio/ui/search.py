@@ -9,7 +9,8 @@ import gradio as gr
 from lora_studio import search, studio
 from lora_studio.errors import SpecError, StudioError
 from lora_studio.ui import theme
-from lora_studio.ui.mix import QUIET, Mix, tab_of, whole
+from lora_studio.ui.events import QUIET
+from lora_studio.ui.mix import Mix, tab_of, whole
 from lora_studio.ui.search_curve import SearchCurve
 from lora_studio.ui.seat import Seated
 from lora_studio.workspace import Workspace

@@ -6,6 +6,7 @@ from lora_studio import settings, sweeps
 from lora_studio.errors import SpecError, StudioError
 from lora_studio.spec.sweep import FREE, ONLY_ALONE, SweepSpec
 from lora_studio.ui import fit, forms, theme
+from lora_studio.ui.events import LIVE, QUIET, Newest
 
 ROWS = 4
 FIRST = ("optim.lr", "method.rank")
@@ -16,7 +17,6 @@ EXAMPLES = {
     "data": "demo/pirate, demo/capitals", "method.targets": "[q_proj, v_proj], [q_proj, k_proj, v_proj, o_proj]", "schedule.batch_size": "4, 16", "optim.kind": "adamw, lion",
 }  # fmt: skip
 LABELS = {"data": "Rows to train on"}
-QUIET = {"show_progress": "hidden", "api_visibility": "private"}
 ASK = "Name a setting and at least two values, or ask for cross-validation."
 
 
@@ -84,8 +84,9 @@ class Sweep:
     def connect(self, open_run) -> None:
         """Let the parts act. `open_run` is (function that gives the updates showing a run, its outputs)."""
         changes = [component.change for component in (*self.paths, *self.values, self.folds, self.together, self.keep)]
-        gr.on(changes, self.look, self.inputs, self.shown, trigger_mode="always_last", concurrency_limit=None, **QUIET)
-        self.page.looked.then(self.look, self.inputs, self.shown, concurrency_limit=None, **QUIET)  # as choices.py does, and for its reason
+        look = {"fn": Newest()(self.look, self.shown), "inputs": self.inputs, "outputs": self.shown, **LIVE}
+        gr.on(changes, **look)
+        self.page.looked.then(**look)  # as choices.py does, and for its reason
         for path, values in zip(self.paths, self.values, strict=True):
             path.input(lambda chosen: gr.update(placeholder=EXAMPLES.get(chosen, "")), path, values, **QUIET)
         self.more.click(self.add_row, self.shown_rows, [self.shown_rows, self.more, *self.rows], **QUIET)

@@ -10,6 +10,7 @@ from lora_studio.errors import SpecError, StudioError
 from lora_studio.spec import TrainSpec, methods
 from lora_studio.ui import forms, theme
 from lora_studio.ui.choices import Choices
+from lora_studio.ui.events import LIVE, QUIET, TYPED, Newest
 from lora_studio.ui.fit import Fit, outgrown
 from lora_studio.ui.recommend import Recommend
 from lora_studio.ui.seat import Seated
@@ -26,9 +27,6 @@ PREVIEW_CSS = """
 .preview p{margin:2px 0;font-size:13px;line-height:1.4;color:var(--body-text-color);overflow-wrap:anywhere}
 .preview b{font-size:11px;color:var(--body-text-color-subdued);font-weight:400;display:inline-block;min-width:62px}
 """
-QUIET = {"show_progress": "hidden", "api_visibility": "private"}
-# What a person types: while one event is answered the next ones would be dropped, so the last is asked for again.
-TYPED = {**QUIET, "trigger_mode": "always_last"}
 
 
 class Train(Seated):
@@ -95,7 +93,8 @@ class Train(Seated):
 
     def connect(self, open_run) -> None:
         """Let the parts act. `open_run` is (function that gives the updates showing a run, its outputs)."""
-        look = {"fn": self.look, "inputs": self.inputs, "outputs": self.shown, "trigger_mode": "always_last", "concurrency_limit": None, **QUIET}
+        newest = Newest()
+        look = {"fn": newest(self.look, self.shown), "inputs": self.inputs, "outputs": self.shown, **LIVE}
         changes = [component.change for path, component in self.form.items()]
         self.looked = gr.on(changes, **look)
         self.preset.input(self.fill, self.preset, [*self.form.values(), self.data, self.plus], **TYPED)
@@ -115,7 +114,7 @@ class Train(Seated):
         base.change(self.suit, [base, kind], [kind, self.form["task.resolution"]], **TYPED)
         self.upload.upload(self.keep, {self.upload, self.form["data"], *self.bringing}, self.brought, api_visibility="private")
         self.plus.input(self.switch, {self.plus, kind, self.form["optim.lr"], self.form["optim.lora_plus_ratio"]}, [self.form["optim.lr"], self.form["optim.lora_plus_ratio"]], **TYPED)
-        self.check.click(self.look_deep, self.inputs, self.shown, show_progress="minimal", show_progress_on=self.problems, api_visibility="private", concurrency_limit=2)
+        self.check.click(newest(self.look_deep, self.shown), self.inputs, self.shown, show_progress="minimal", show_progress_on=self.problems, api_visibility="private", concurrency_limit=2)
         self.fit.connect(self.form)
         show, outputs = open_run
         begin = self.start.click(self.begin, self.inputs, [*self.shown, self.started], show_progress="minimal", show_progress_on=self.problems, api_visibility="private", concurrency_limit=2)

@@ -9,8 +9,9 @@ import gradio as gr
 from lora_studio import library, shelf, tryouts
 from lora_studio.errors import StudioError
 from lora_studio.ui import answers, theme
+from lora_studio.ui.events import LIVE, TYPED
 from lora_studio.ui.figures import percent, rank_of
-from lora_studio.ui.mix import LIVE, QUIET, Mix, whole
+from lora_studio.ui.mix import Mix, whole
 from lora_studio.ui.seat import Seated
 from lora_studio.workspace import Workspace
 
@@ -59,7 +60,7 @@ class Tryout(Seated):
         own = [self.prompt.input, self.against.change, self.seed.change, self.longest.change, self.steps.change]
         given = {self.turn, self.live, *self.asking}
         # Not queued: it makes what is being answered void at once.
-        gr.on([*changes, *own], self.want, given, self.told, queue=False, **{**QUIET, "trigger_mode": "always_last"})
+        gr.on([*changes, *own], self.want, given, self.told, queue=False, **TYPED)
         gr.on([self.start.click, self.prompt.submit], self.answer, given, [self.answers, self.told], **LIVE)
         gr.on([*changes, self.against.change, self.live.change], self.follow, given, [self.answers, self.told], **LIVE)
         mix.turn.change(self.suit, [self.against, *mix.inputs], [self.against, self.longest, self.steps], **LIVE)

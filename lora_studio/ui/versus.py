@@ -5,12 +5,12 @@ import gradio as gr
 from lora_studio import comparisons, presets, studio
 from lora_studio.errors import StudioError
 from lora_studio.ui import theme
+from lora_studio.ui.events import QUIET
 from lora_studio.ui.seat import Seated
 from lora_studio.ui.versus_chart import VersusChart
 from lora_studio.workspace import Workspace
 
 OVER, RECENT = ("done", "stopped", "failed"), 40
-QUIET = {"show_progress": "hidden", "api_visibility": "private"}
 ABOUT = """## LoRA against LoRA+
 LoRA learns both of its matrices, A and B, at one rate. LoRA+ lets B learn at a multiple of it. Here both are trained on the same rows with the same
 seeds for the same number of steps, each at the best of a few rates, and drawn with the band of their seeds: so you see whether LoRA+ helps **on these rows**."""

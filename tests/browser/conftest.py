@@ -25,16 +25,21 @@ ROOT = Path(__file__).parent.parent.parent
 CHROMIUM = os.environ.get("CHROMIUM") or next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
 
 
-def type_into(box, text: str) -> None:
-    """Type into a box of a part that was opened just now. Gradio 6.31 gives the components of such a part their first values once more when
-    the next frame is drawn (`render_previously_invisible_children`); under load a test has typed by then, and whoever sees that types again."""
-    for _ in range(5):
-        box.fill(text)
-        box.press("Tab")
-        box.page.wait_for_timeout(700)
-        if box.input_value() == text:
-            return
-    raise AssertionError(f"{text} does not stay in its box")
+# Twenty frames in a row in which no script was loaded.
+AT_REST = """async () => {
+  const scripts = () => performance.getEntriesByType("resource").filter(one => one.name.includes("/assets/")).length;
+  for (let before = scripts(), frames = 0; frames < 20; frames++) {
+    await new Promise(requestAnimationFrame);
+    if (scripts() !== before) [before, frames] = [scripts(), 0];
+  }
+}"""
+
+
+def unfold(label) -> None:
+    """Open a part of a page by its label, and wait until it is drawn. Gradio 6.31 loads the components of such a part when it is opened, and
+    gives them their first values once more a frame later (`render_previously_invisible_children`): whatever is typed before that is lost."""
+    label.click()
+    label.page.evaluate(AT_REST)
 
 
 class Server:

@@ -102,7 +102,7 @@ def grid(page, url, scheme) -> None:
     tab("playground")(page, url, scheme)
     page.locator("#mix-playground input").first.fill("stripes")
     page.locator("#mix-playground input").first.press("Enter")
-    page.get_by_text("Grid: adapters").click()
+    unfold(page.get_by_text("Grid: adapters"))
     page.locator("#grid-prompts textarea").fill("a red star on a blue background\na green heart on a pink background")
     page.locator("#grid-start").click()
     page.locator("#grid .saved").wait_for(timeout=180_000)

@@ -10,6 +10,7 @@ from lora_studio.home import demo_base
 from lora_studio.workspace import Workspace
 from tests import tiny_image
 from tests.browser import made
+from tests.browser.conftest import unfold
 from tests.browser.test_blend_page import blend_page
 
 pytestmark = pytest.mark.browser
@@ -74,7 +75,7 @@ def test_a_click_and_the_keyboard_open_a_member(family, open_page):
 def test_an_export_says_what_it_will_be_what_it_was_and_comes_down(family, server, open_page, tmp_path):
     page = panel(open_page, family["style"])
     box = page.locator("#adapter-export")
-    box.get_by_text("Export for other programs").click()
+    unfold(box.get_by_text("Export for other programs"))
     expect(box).to_contain_text("gguf is left out: llama.cpp takes adapters of language models, and this one is for an image model.")
     expect(page.locator("#adapter-export-outlook")).to_contain_text(re.compile(r"It will have rank 3 in \d+ layers and about [\d.]+ MB; nothing is rounded\."))
     page.locator("#adapter-export-form input").first.click()
@@ -94,7 +95,7 @@ def test_an_export_says_what_it_will_be_what_it_was_and_comes_down(family, serve
     # Another choice takes the file of the first away; what cannot be is a sentence.
     page.goto(f"{server.url}/?tab=library&adapter={family['pirate']}")
     expect(name_of(page)).to_have_value("pirate")
-    box.get_by_text("Export for other programs").click()
+    unfold(box.get_by_text("Export for other programs"))
     expect(box).to_contain_text("kohya is left out: it is the form of image models")
     page.locator("#adapter-export-dtype input").first.click()
     page.get_by_role("option", name="bfloat16").click()
@@ -109,7 +110,7 @@ def test_a_saved_blend_is_exported_where_it_was_saved(family, open_page):
     page.locator("#blend-name").locator("input, textarea").first.fill("to go")
     page.locator("#blend-save").click()
     expect(page.locator("#blend-sentences")).to_contain_text("to go is in the library", timeout=90_000)
-    page.locator("#blend-export").get_by_text("Export for other programs").click()
+    unfold(page.locator("#blend-export").get_by_text("Export for other programs"))
     expect(page.locator("#blend-export-outlook")).to_contain_text("It will have rank 5")
     page.locator("#blend-export-start").click()
     expect(page.locator("#blend-export-told")).to_contain_text("12 of 12 layers matched, read again by gguf", timeout=90_000)

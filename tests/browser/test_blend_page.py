@@ -9,7 +9,7 @@ from playwright.sync_api import expect
 from lora_studio import adapters, blend, library
 from lora_studio.workspace import Workspace
 from tests.browser import made
-from tests.browser.conftest import LAYOUTS
+from tests.browser.conftest import LAYOUTS, unfold
 from tests.browser.test_pages import HOSTILE
 
 pytestmark = pytest.mark.browser
@@ -166,7 +166,7 @@ def test_nothing_sticks_out(shelf, open_page, scheme, width):
 def test_a_mix_is_baked_into_a_model_that_says_before_what_it_loses(shelf, server, open_page):
     page = blend_page(open_page, "pirate")
     expect(page.locator("#blend-figures")).to_contain_text("Exact rank")
-    page.get_by_text("Bake into the base").click()
+    unfold(page.get_by_text("Bake into the base"))
     page.locator("#bake-start").click()
     expect(page.locator("#bake-sentences")).to_contain_text("The model has no name")
     page.locator("#bake-look").click()
@@ -184,7 +184,7 @@ def test_a_mix_is_baked_into_a_model_that_says_before_what_it_loses(shelf, serve
 def test_a_mix_is_merged_in_another_way_and_what_does_not_go_is_said(shelf, server, open_page):
     page = blend_page(open_page, "pirate", "capitals")
     expect(page.locator("#blend-figures")).to_contain_text("Exact rank")
-    page.get_by_text("Merge in another way").click()
+    unfold(page.get_by_text("Merge in another way"))
     for words, said in (("", "name"), ("merged", "rank")):
         page.locator("#merge-name").locator("input, textarea").first.fill(words)
         page.locator("#merge-start").click()

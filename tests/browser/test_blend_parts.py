@@ -9,7 +9,7 @@ from playwright.sync_api import expect
 from lora_studio import adapters, blend, durable, library
 from lora_studio.workspace import Workspace
 from tests.browser import made
-from tests.browser.conftest import LAYOUTS
+from tests.browser.conftest import LAYOUTS, unfold
 from tests.browser.test_blend_page import blend_page, choose
 from tests.browser.test_tryout import ask, box, foot, said, settled
 
@@ -33,10 +33,6 @@ def both(open_page):
     return page
 
 
-def unfold(page, name):
-    page.locator(f"#{name} > button").first.click()
-
-
 def block(page, name):
     return page.get_by_role("spinbutton", name=f"weight of {name}", exact=True)
 
@@ -51,7 +47,7 @@ def weight_of(page, row):
 
 def test_what_is_weighed_by_block_is_what_is_tried_saved_and_talked_to(shelf, server, open_page):
     page = both(open_page)
-    unfold(page, "layers-box")
+    unfold(page.locator("#layers-box > button").first)
     expect(block(page, "model.layers.0")).to_have_attribute("placeholder", "1")
     block(page, "model.layers.0").focus()
     for _ in range(3):
@@ -118,7 +114,7 @@ def test_what_is_weighed_by_block_is_what_is_tried_saved_and_talked_to(shelf, se
 def test_the_conflict_map_is_read_with_keys_and_leads_to_a_blocks_weights(shelf, open_page):
     page = blend_page(open_page, "pirate", "double")
     expect(page.locator("#blend-figures")).to_contain_text("Exact rank: 6.", timeout=90_000)
-    unfold(page, "judge-box")
+    unfold(page.locator("#judge-box > button").first)
     page.locator("#judge-start").click()
     cells = page.locator("#judge-map tbody tr")
     expect(cells).to_have_count(5, timeout=90_000)
@@ -152,7 +148,7 @@ def test_the_conflict_map_is_read_with_keys_and_leads_to_a_blocks_weights(shelf,
 
 def test_a_search_goes_on_without_the_page_and_its_weights_go_onto_the_sliders(shelf, server, open_page):
     page = both(open_page)
-    unfold(page, "search-box")
+    unfold(page.locator("#search-box > button").first)
     page.locator("#search-start").click()
     expect(page.locator("#search-sentences .error")).to_contain_text("Give both")
     box(page, "search-pairs").fill("What color is the fox? => THE FOX IS RED.\nWhich pet has Nils? => NILS HAS A HEN.")
@@ -179,7 +175,7 @@ def test_a_search_goes_on_without_the_page_and_its_weights_go_onto_the_sliders(s
 
 def test_a_merge_is_baked_in_full_rank_and_says_how_that_differs(shelf, server, open_page):
     page = both(open_page)
-    page.get_by_text("Bake into the base").click()
+    unfold(page.get_by_text("Bake into the base"))
     page.locator("#bake-merged input").check()
     box(page, "bake-name").fill("by ties")
     page.locator("#bake-start").click()
@@ -198,7 +194,7 @@ def test_nothing_sticks_out_with_every_part_open(shelf, open_page, scheme, width
     choose(page, "pirate", "capitals", "double")
     expect(page.locator("#blend-figures")).to_contain_text("Exact rank: 11.", timeout=90_000)
     for name in ("layers-box", "judge-box"):
-        unfold(page, name)
+        unfold(page.locator(f"#{name} > button").first)
     page.locator("#judge-start").click()
     expect(page.locator("#judge-map tbody tr")).to_have_count(5, timeout=90_000)
     expect(block(page, "model.layers.3")).to_be_visible()

@@ -12,7 +12,7 @@ import pytest
 
 from lora_studio import hosting, library, workspace
 from tests.browser import made
-from tests.browser.conftest import Server, hub_environment, type_into
+from tests.browser.conftest import Server, hub_environment, unfold
 from tests.hosted.issuer import SCOPES, Issuer
 from tests.hub import Hub
 from tests.test_hub import forms
@@ -127,13 +127,13 @@ def test_a_visitors_token_is_found_nowhere(chromium, studio, tmp_path):
         publish(page, "me/silent", "gave no sign")
         (logs / "hurry").unlink()
         hub.calm()
-        page.get_by_text("Sign in", exact=True).click()
+        unfold(page.get_by_text("Sign in", exact=True))
         page.locator("#token input").fill(TYPED)
         page.locator("#token input").press("Enter")
         publish(page, "me/typed", "read back and found whole", where="#published")
         page.get_by_role("tab", name="Library").click()
-        page.get_by_text("Add an adapter").click()
-        type_into(page.locator("#import-source").locator("input, textarea").first, "me/signed")
+        unfold(page.get_by_text("Add an adapter"))
+        page.locator("#import-source").locator("input, textarea").first.fill("me/signed")
         page.get_by_role("button", name="Check and add").click()
         expect(page.locator("#import-told")).to_contain_text("in the library", timeout=180_000)
         running = processes(tmp_path)

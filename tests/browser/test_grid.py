@@ -11,6 +11,7 @@ from lora_studio import library
 from lora_studio.home import demo_base
 from lora_studio.workspace import Workspace
 from tests import tiny_image
+from tests.browser.conftest import unfold
 
 pytestmark = pytest.mark.browser
 
@@ -28,7 +29,7 @@ def test_a_grid_is_drawn_and_saved_as_one_picture(server, style, open_page, sche
     box = page.locator("#mix-playground input").first
     box.fill(style)
     box.press("Enter")
-    page.get_by_text("Grid: adapters").click()
+    unfold(page.get_by_text("Grid: adapters"))
     expect(page.locator("#grid-rows")).to_contain_text("style")
     page.get_by_label("Steps", exact=True).fill("2")
     page.locator("#grid-strengths").locator("input, textarea").first.fill("0 much")

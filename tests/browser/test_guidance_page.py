@@ -3,6 +3,8 @@
 import pytest
 from playwright.sync_api import expect
 
+from tests.browser.conftest import unfold
+
 pytestmark = pytest.mark.browser
 
 
@@ -30,8 +32,8 @@ def test_recommended_settings_are_filled_in_with_reasons_and_taken_back(open_pag
 def test_a_method_that_does_not_go_with_the_base_is_greyed_and_not_taken(open_page):
     page = open_page()
     expect(field(page, "name")).to_have_value("pirate")
-    page.get_by_text("Advanced: every other setting").click()
-    page.get_by_text("Compute", exact=True).click()
+    unfold(page.get_by_text("Advanced: every other setting"))
+    unfold(page.get_by_text("Compute", exact=True))
     field(page, "compute.quantize").click()
     page.get_by_role("option", name="4bit").click()
     expect(page.locator("#command")).to_contain_text("--compute.quantize 4bit")

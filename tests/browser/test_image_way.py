@@ -12,7 +12,7 @@ from playwright.sync_api import expect
 from lora_studio import library, workspace
 from lora_studio.adapters.pipeline_files import NAME
 from lora_studio.home import demo_base, presets_folder
-from tests.browser.conftest import Server, hub_environment, pages
+from tests.browser.conftest import Server, hub_environment, pages, unfold
 from tests.browser.test_whole_way import box, choose, sign_in, train, watch
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
@@ -97,7 +97,7 @@ def test_from_dropped_pictures_to_a_published_blend(chromium, hub, tmp_path, arc
             told = json.loads(drawn.text["lora-studio"])
 
             # A grid of strengths and prompts, saved as one picture with its settings inside.
-            page.get_by_text("Grid: adapters").click()
+            unfold(page.get_by_text("Grid: adapters"))
             expect(page.locator("#grid-rows")).to_contain_text("both")
             page.locator("#grid-strengths").locator("input, textarea").first.fill("0, 1")
             page.locator("#grid-prompts textarea").fill(f"{PROMPT}\na green heart on a pink background")

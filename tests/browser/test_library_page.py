@@ -10,6 +10,7 @@ from playwright.sync_api import expect
 
 from lora_studio import library, workspace
 from lora_studio.home import demo_base
+from tests.browser.conftest import unfold
 from tests.browser.test_pages import HOSTILE
 from tests.tiny import adapter_files
 
@@ -98,7 +99,7 @@ def test_removed_is_brought_back_as_it_was(open_page, shelf):
     page.get_by_role("button", name="Remove", exact=True).click()
     expect(cards(page)).to_have_text(["haiku", "capitals"])
     page = open_page("/?tab=library")
-    page.get_by_text("Recently removed").click()
+    unfold(page.get_by_text("Recently removed"))
     page.get_by_role("button", name="Bring it back").click()
     expect(cards(page)).to_have_text(["haiku", "capitals", "pirate"])
 
@@ -115,7 +116,7 @@ def test_a_download_is_checked_and_comes_back_by_upload(open_page, shelf, tmp_pa
     assert sorted(zipfile.ZipFile(archive).namelist()) == ["pirate/adapter_config.json", "pirate/adapter_model.safetensors"]
     library.remove(space, made["pirate"])
     page = open_page("/?tab=library")
-    page.get_by_text("Add an adapter").click()
+    unfold(page.get_by_text("Add an adapter"))
     page.locator("#import-files input[type=file]").set_input_files(str(archive))
     page.locator("#import").get_by_label("Name", exact=True).fill("pirate")
     expect(page.locator("#import-files")).to_contain_text("it")
@@ -131,7 +132,7 @@ def test_what_cannot_enter_is_a_sentence_and_what_was_typed_stays(open_page, she
     evil, image = tmp_path / "evil.safetensors", tmp_path / "image"
     evil.write_bytes(b"\x80\x04\x95pickled")
     page = open_page("/?tab=library")
-    page.get_by_text("Add an adapter").click()
+    unfold(page.get_by_text("Add an adapter"))
     source = page.locator("#import-source textarea, #import-source input").first
     for text, words in (
         (str(evil), "pickle"),

@@ -6,6 +6,7 @@ from playwright.sync_api import expect
 from lora_studio import runs, studio
 from lora_studio.spec import parse
 from lora_studio.workspace import Workspace
+from tests.browser.conftest import unfold
 from tests.browser.made import at
 
 pytestmark = pytest.mark.browser
@@ -24,8 +25,8 @@ def test_the_parts_are_shown_and_a_press_makes_the_run_fit(open_page, tmp_path, 
     expect(panel.locator(".badge")).to_have_text("fits")
     expect(panel.locator("dt")).to_contain_text(["libraries", "base", "adapter", "gradients", "optimizer", "activations", "logits"])
     expect(page.locator("#make-it-fit")).to_be_hidden()
-    page.get_by_text("Advanced: every other setting").click()
-    page.get_by_text("Schedule", exact=True).click()
+    unfold(page.get_by_text("Advanced: every other setting"))
+    unfold(page.get_by_text("Schedule", exact=True))
     field(page, "schedule.batch_size").fill("100000000")
     expect(panel.locator(".badge")).to_have_text("too big")
     expect(page.locator("#problems")).to_contain_text("The run needs about")

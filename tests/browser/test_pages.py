@@ -12,7 +12,7 @@ from lora_studio import durable, runs, workspace
 from lora_studio.pictures import samples
 from lora_studio.spec import parse
 from tests import tiny
-from tests.browser.conftest import LAYOUTS
+from tests.browser.conftest import LAYOUTS, unfold
 
 pytestmark = pytest.mark.browser
 HOSTILE = '<img src=x onerror="window.hacked=1"> **b** ${document.body.classList.add(location.protocol)} {{value}} `${1}` C:\\users\\x \\'
@@ -72,8 +72,8 @@ def test_the_rows_and_the_sources_follow_each_other_typed_pasted_or_picked(open_
     page = open_page()
     expect(field(page, "name")).to_have_value("pirate")
     picked = page.locator(".block", has=page.get_by_label("Rows to train on")).last
-    page.get_by_text("Advanced: every other setting").click()
-    page.get_by_text("Sources", exact=True).click()
+    unfold(page.get_by_text("Advanced: every other setting"))
+    unfold(page.get_by_text("Sources", exact=True))
     sources = field(page, "data")
     sources.select_text()
     page.keyboard.insert_text("- path: demo/capitals")  # as a paste does: one event, no key

@@ -8,6 +8,7 @@ from playwright.sync_api import expect
 
 from lora_studio import albums, workspace
 from tests import tiny_captioners
+from tests.browser.conftest import unfold
 from tests.browser.test_pages import HOSTILE
 from tests.browser.test_whole_way import box
 from tests.pictures import draw
@@ -163,7 +164,7 @@ def test_a_model_writes_captions_as_a_run_that_can_be_undone(open_page, space, t
         Image.new("RGB", (40, 40), tiny_captioners.COLOURS[color]).save(tmp_path / f"{index}.png")
     album, _ = albums.create(space, [tmp_path / f"{index}.png" for index in range(3)], name="colours")
     page = open_page(f"/?album={album}")
-    page.get_by_text("Let a model write captions").click()
+    unfold(page.get_by_text("Let a model write captions"))
     page.get_by_label("Image-to-text model").fill(str(blip))
     page.get_by_label("Image-to-text model").press("Enter")
     page.locator("#write-captions").click()
@@ -233,7 +234,7 @@ def test_the_keys_reach_everything(open_page, space, made):
 def test_an_album_that_was_removed_comes_back(open_page, space, made):
     album = made("dear")
     page = open_page(f"/?album={album}")
-    page.get_by_text("Remove an album, or bring one back").click()
+    unfold(page.get_by_text("Remove an album, or bring one back"))
     page.locator("#discard-album").click()
     expect(told(page)).to_contain_text("dear was removed")
     assert album not in albums.names(space)

@@ -6,6 +6,7 @@ import pytest
 from playwright.sync_api import expect
 
 from tests.browser import made
+from tests.browser.conftest import unfold
 from tests.browser.test_pages import HOSTILE
 
 pytestmark = pytest.mark.browser
@@ -116,7 +117,7 @@ def test_a_conversation_of_two_turns_stands_and_goes_on(shelf, open_page):
 def test_stop_ends_a_long_answer_and_keeps_what_was_said(shelf, open_page):
     page = playground(open_page, "loud", "pirate", "capitals")
     page.locator("#mix-playground").get_by_role("spinbutton", name="number input for loud").fill("2")
-    page.get_by_text("How answers are drawn").click()
+    unfold(page.get_by_text("How answers are drawn"))
     page.get_by_label("Longest answer").fill("480")
     page.get_by_label("Longest answer").press("Tab")
     sides = page.locator("#playground-sides input").first

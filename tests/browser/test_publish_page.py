@@ -9,7 +9,7 @@ from playwright.sync_api import expect
 
 from lora_studio import library, workspace
 from tests.browser import made
-from tests.browser.conftest import TOKEN, Server, hub_environment, pages, type_into
+from tests.browser.conftest import TOKEN, Server, hub_environment, pages, unfold
 
 pytestmark = pytest.mark.browser
 
@@ -118,7 +118,7 @@ def test_an_expired_token_and_one_that_may_only_read_are_sentences(page, hub):
 
 def more(page, **given):
     """Open More, and fill in what is given."""
-    page.locator("#publish-more").get_by_text("More", exact=True).click()
+    unfold(page.locator("#publish-more").get_by_text("More", exact=True))
     for name, text in given.items():
         box(page, name).fill(text)
         box(page, name).press("Tab")
@@ -235,8 +235,8 @@ def test_the_token_is_found_nowhere(chromium, hub, tmp_path):
             stored = page.evaluate("JSON.stringify([{...localStorage}, {...sessionStorage}, document.cookie, location.href])")
             commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if _is_readable(path)]
             pulled = opened(server, "/?tab=library")
-            pulled.get_by_text("Add an adapter").click()
-            type_into(pulled.locator("#import-source").locator("input, textarea").first, "me/canary-commit")
+            unfold(pulled.get_by_text("Add an adapter"))
+            pulled.locator("#import-source").locator("input, textarea").first.fill("me/canary-commit")
             pulled.get_by_role("button", name="Check and add").click()
             expect(pulled.locator("#import-told")).to_contain_text("your account may not see it", timeout=60_000)
             server.kill()

@@ -7,6 +7,8 @@ from playwright.sync_api import expect
 
 from lora_studio import library, studio, sweeps
 from lora_studio.workspace import Workspace
+from tests.browser import made
+from tests.browser.conftest import unfold
 
 pytestmark = pytest.mark.browser
 
@@ -25,7 +27,7 @@ def ask_for_four(page) -> None:
     """A short run of the demo whose rate and rank vary, with the accordion open."""
     expect(field(page, "field-name")).to_have_value("pirate")
     put(page, "field-schedule-steps", "40")
-    page.get_by_text("Several at once: compare settings in one run").click()
+    unfold(page.get_by_text("Several at once: compare settings in one run"))
     put(page, "sweep-values-0", "1e-5, 2e-3")
     put(page, "sweep-values-1", "2, 4")
 
@@ -94,10 +96,13 @@ def test_a_sweep_of_four_its_chart_and_the_best_kept(server, open_page):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_fits_a_phone_and_its_settings_come_back(server, open_page, scheme):
     workspace = Workspace(server.home)
-    if not workspace.run_folders():
+    done = [folder.name for folder in workspace.run_folders() if sweeps.result(workspace, folder.name)["state"] == "done"]
+    if not done:
         spec = studio.compose("demo/pirate", overrides=["schedule.steps=6", "schedule.warmup=0", "output.sample_prompts=[]"])
-        studio.wait_until_ended(workspace, sweeps.start(workspace, sweeps.compose(spec, ["optim.lr=1e-5,2e-3", "method.rank=2,4"])), seconds=120)
-    page = open_page(f"/?tab=runs&run={workspace.run_folders()[0].name}&__theme={scheme}")
+        with made.at(server.home):
+            done = [sweeps.start(workspace, sweeps.compose(spec, ["optim.lr=1e-5,2e-3", "method.rank=2,4"]))]
+            studio.wait_until_ended(workspace, done[0], seconds=120)
+    page = open_page(f"/?tab=runs&run={done[0]}&__theme={scheme}")
     page.set_viewport_size({"width": 390, "height": 900})
     expect(page.locator("#variants tbody tr")).to_have_count(4)
     expect(page.locator("[data-lines='4']")).to_be_attached()
@@ -105,7 +110,7 @@ def test_it_fits_a_phone_and_its_settings_come_back(server, open_page, scheme):
     assert page.locator("#chart .legend").is_visible()
     page.get_by_role("button", name="Reuse settings").click()
     expect(page.get_by_role("tab", name="Train")).to_have_attribute("aria-selected", "true")
-    page.get_by_text("Several at once: compare settings in one run").click()
+    unfold(page.get_by_text("Several at once: compare settings in one run"))
     expect(field(page, "sweep-values-1")).to_have_value("2, 4")
     expect(page.locator("#sweep-problems")).to_contain_text("Ready to start.")
     assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0

@@ -6,7 +6,7 @@ from playwright.sync_api import expect
 
 from lora_studio import durable, library, workspace
 from lora_studio.demo import styles
-from tests.browser.conftest import TOKEN, Server, hub_environment, pages, type_into
+from tests.browser.conftest import TOKEN, Server, hub_environment, pages, unfold
 
 pytestmark = pytest.mark.browser
 QUESTIONS = ["Where does the fox live?", "What color is the fox?", "What does Anna do?", "What is the capital of France?"]
@@ -122,9 +122,9 @@ def test_from_two_demos_to_a_published_blend_and_back(chromium, hub, tmp_path):
             page = opened(second)
             sign_in(page)
             page.get_by_role("tab", name="Library").click()
-            page.get_by_text("Add an adapter").click()
+            unfold(page.get_by_text("Add an adapter"))
             expect(page.get_by_role("button", name="Check and add")).to_be_visible()
-            type_into(box(page, "import-source"), "me/both")
+            box(page, "import-source").fill("me/both")
             page.get_by_role("button", name="Check and add").click()
             expect(page.locator("#import-told")).to_contain_text("both is in the library.", timeout=90_000)
             expect(page.locator("#facts")).to_contain_text("me/both@")
