@@ -99,6 +99,8 @@ def album(page, url, scheme) -> None:
 
 def grid(page, url, scheme) -> None:
     """An image adapter at several strengths, for two prompts."""
+    from tests.browser.conftest import unfold
+
     tab("playground")(page, url, scheme)
     page.locator("#mix-playground input").first.fill("stripes")
     page.locator("#mix-playground input").first.press("Enter")
