@@ -4,9 +4,11 @@ along, and what the owner allows.
 Whoever serves people says who asks (`watch`); bases, data, runs and the bench's client ask here before they look at a path or a name.
 """
 
+import contextlib
 import fnmatch
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,7 +41,16 @@ class _Watch:
     token: str = field(default="", repr=False)
 
 
+@dataclass(frozen=True)
+class Asker:
+    """A visitor as far as a process that works for everybody has to know them."""
+
+    root: Path
+    limits: Limits
+
+
 _watch = _Watch()
+_asker: ContextVar[Asker | None] = ContextVar("asker", default=None)
 
 
 def watch(asks: Callable[[], object]) -> None:
@@ -57,9 +68,25 @@ def lent() -> str | None:
     return _watch.token or None
 
 
+def asker() -> dict | None:
+    """Who asks, in words for a process that works for everybody; None for everybody who is not fenced in."""
+    own = visitor()
+    return None if own is None else {"root": str(own.root), "bases": list(own.limits.bases)}
+
+
+@contextlib.contextmanager
+def working_for(asker: dict | None) -> Iterator[None]:
+    """Within it this thread may look at what the `asker` may: what is in an adapter's file is a visitor's word, too."""
+    found = _asker.set(None if asker is None else Asker(Path(asker["root"]), Limits(bases=tuple(asker["bases"]))))
+    try:
+        yield
+    finally:
+        _asker.reset(found)
+
+
 def visitor():
-    """The workspace of the visitor who is being served; None for everybody who is not fenced in."""
-    found = _watch.asks()
+    """The workspace of the visitor who is being served, or an `Asker`; None for everybody who is not fenced in."""
+    found = _asker.get() or _watch.asks()
     return found if found is not None and found.limits is not None else None
 
 

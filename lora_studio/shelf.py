@@ -100,7 +100,7 @@ def _shelve_checked(workspace: Workspace, folder: Path, facts: dict, *, name: st
     found = answer["card"] or {}
     known = {"name": name or facts["name"], "base": base or found.get("base") or "", "source": facts["source"]}
     with tempfile.TemporaryDirectory(dir=workspace.root, prefix=durable.TEMPORARY) as place:
-        if found.get("format", "peft") != "peft":
+        if answer["converts"]:
             target = Path(place) / "adapter"
             bench.ask("convert", path=str(folder), target=str(target), **({"base": base} if base else {}))
             folder = target

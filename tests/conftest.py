@@ -22,6 +22,15 @@ def home(tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def with_bench(home):
+    """The bench that a test may start ends with it."""
+    yield
+    from lora_studio.jobs import bench
+
+    bench.stop()
+
+
+@pytest.fixture
 def workspace(home):
     """The local workspace of the test's home."""
     from lora_studio.workspace import local

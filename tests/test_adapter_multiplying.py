@@ -53,7 +53,7 @@ def test_the_header_says_both_sides_of_every_layer_and_peft_reads_the_file(train
             assert torch.allclose(before * ratio, after, atol=1e-6), name
 
 
-def test_no_sum_is_made_of_it_and_every_refusal_says_what_to_do(trained, tmp_path):
+def test_no_sum_is_made_of_it_and_every_refusal_says_what_to_do(trained, with_bench, tmp_path):
     kind, workspace, run = trained
     card = adapters.inspect(run / "adapter")
     with pytest.raises(BlendError, match=f"mine is an {kind.upper()} adapter: it multiplies"):

@@ -2,9 +2,10 @@
 
 import pytest
 
-from lora_studio import bases, data, fence, runs, shelf, studio, visits, workspace
+from lora_studio import bases, data, fence, library, runs, shelf, studio, visits, workspace
 from lora_studio.errors import BaseModelError, DataError, HostError, StudioError
 from lora_studio.fence import Limits
+from lora_studio.home import demo_base
 from lora_studio.preflight import preflight
 from lora_studio.spec import Base, parse
 
@@ -140,7 +141,7 @@ def test_a_pattern_of_bundled_bases_opens_no_folder_beside_them(home, monkeypatc
 
 
 @pytest.mark.parametrize("text", ["x/" * 3000, "a" * 300, "~no-such-person/rows.jsonl", "rows\0.jsonl", "\0", "9" * 5000])
-def test_a_text_that_no_file_system_could_hold_is_a_sentence(home, workspace, text):
+def test_a_text_that_no_file_system_could_hold_is_a_sentence(with_bench, workspace, text):
     """For the owner too, in every field that may name a place."""
     from lora_studio.adapters import assistant
 
@@ -156,9 +157,53 @@ def test_a_text_that_no_file_system_could_hold_is_a_sentence(home, workspace, te
 def test_a_run_goes_on_from_no_adapter_of_another(ana, tmp_path):
     """Not even a fact of its headers is told: what lies elsewhere is not there."""
     from lora_studio import continuing, durable
-    from lora_studio.home import demo_base
     from tests import tiny
 
     durable.publish_folder(tmp_path / "theirs", tiny.adapter_files(demo_base("demo-text"), seed=1, rank=64, size=0.05, ends=("q_proj",), name="demo-text"))
     told = continuing.problems(ana, parse({"data": [{"path": "demo/pirate"}], "method": {"start": str(tmp_path / "theirs"), "rank": 4}}), None)
     assert len(told) == 1 and "64" not in told[0].sentence.replace(str(tmp_path), "")
+
+
+def test_whoever_works_for_a_visitor_is_fenced_in_as_they_are_and_only_then(ana, base):
+    import threading
+
+    told, theirs = fence.asker(), Base(id=str(base))
+    assert told == {"root": str(ana.root), "bases": list(LIMITS.bases)}
+    fence.watch(lambda: None)
+    assert fence.asker() is None and bases.locate(theirs) == base
+    elsewhere = []
+    with fence.working_for(told):
+        with pytest.raises(BaseModelError):
+            bases.locate(theirs)
+        assert fence.place(str(base)) is None and fence.place(str(ana.root)) == ana.root and bases.locate(Base(id="demo-text")).is_dir()
+        thread = threading.Thread(target=lambda: elsewhere.append(bases.locate(theirs)))
+        thread.start()
+        thread.join()
+    with fence.working_for(None):
+        assert bases.locate(theirs) == base
+    assert elsewhere == [base] and bases.locate(theirs) == base
+
+
+@pytest.mark.parametrize("peft_type", ["LORA", "IA3"])
+def test_the_base_that_an_uploaded_adapter_names_opens_no_folder_of_another(ana, with_bench, base, tmp_path, peft_type):
+    """Its configuration is a visitor's word as much as what they type: no shape of that base is told, and none is taken from it."""
+    from tests import tiny
+    from tests.test_adapter_sides import CONFIGS, saved
+
+    folder = tmp_path / "it"
+    if peft_type == "IA3":
+        saved(base, folder, CONFIGS["ia3"]())
+    else:
+        tiny.write_adapter(folder, demo_base("demo-text"), seed=1, name=str(base))
+    if peft_type == "IA3":
+        with pytest.raises(StudioError, match="does not say how wide its layers are"):
+            shelf.import_files(ana, sorted(folder.iterdir()))
+    else:
+        assert library.card(ana, shelf.import_files(ana, sorted(folder.iterdir())))["base"] == str(base)
+    fence.watch(lambda: None)  # the owner of the machine is told, and helped
+    owner = workspace.local()
+    if peft_type == "IA3":
+        assert library.card(owner, shelf.import_files(owner, sorted(folder.iterdir())))["method"] == "ia3"
+    else:
+        with pytest.raises(StudioError, match="not that|shape|layers"):
+            shelf.import_files(owner, sorted(folder.iterdir()))

@@ -27,8 +27,8 @@ KINDS = {
 }  # fmt: skip
 
 
-def multiplying_one(base, target, kind: str, *, seed: int = 0, **more):
-    """An adapter that PEFT saved, as if trained, with both sides of its layers in the header as the studio writes them."""
+def multiplying_one(base, target, kind: str, *, seed: int = 0, noted: bool = True, **more):
+    """An adapter that PEFT saved, as if trained; with `noted` both sides of its layers are in the header as the studio writes them."""
     config, options = KINDS[kind]
     made = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(base), config(**{**options, **more}))
     draw, shapes = torch.Generator().manual_seed(seed), {}
@@ -43,7 +43,8 @@ def multiplying_one(base, target, kind: str, *, seed: int = 0, **more):
     known = json.loads((target / adapters.CONFIG).read_text())
     (target / adapters.CONFIG).write_text(json.dumps({**known, "base_model_name_or_path": str(base)}))
     file = target / adapters.WEIGHTS
-    file.write_bytes(reheaded(file.read_bytes(), metadata={multiplying.SHAPES: json.dumps(shapes)}))
+    if noted:
+        file.write_bytes(reheaded(file.read_bytes(), metadata={multiplying.SHAPES: json.dumps(shapes)}))
     return target
 
 

@@ -17,6 +17,7 @@ from typing import BinaryIO
 from lora_studio.errors import AdapterError
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+BESIDE = ("chat_template.jinja", "README.md")  # what else may lie beside an adapter's weights; anything more in a folder stays behind
 NESTED = "nested_ranks"  # of the header's metadata: its first rows and columns are an adapter of every lower rank
 LINEAGE = "lora_studio"  # of the header's metadata: what the adapter was made of, as JSON
 PICKLED = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib"}

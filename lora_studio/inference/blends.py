@@ -14,6 +14,7 @@ import torch
 import lora_studio
 from lora_studio import adapters, bases, blend, durable
 from lora_studio.adapters import files as adapter_files
+from lora_studio.adapters import sides
 from lora_studio.adapters.files import LINEAGE, reheaded
 from lora_studio.checkpoints.numbers import one_thread
 from lora_studio.errors import AdapterError, BaseModelError, BenchError, MachineError, Problem, StudioError
@@ -45,12 +46,13 @@ class Reader:
     def check(self, job, request: dict) -> tuple[str, dict]:
         """Everything wrong with an adapter, in itself and for a base, as sentences."""
         path, config = argument(request, "path", str), request.get("config")
-        job.doing = "checking the adapter"
+        job.doing, source = "checking the adapter", path
         try:
-            card = adapters.inspect(path, config=config)
+            source = _whole(path, request.get("base"), config)
+            card = adapters.inspect(source, config=config)
             problems = list(card.problems)
             if card.is_usable:
-                adapters.read(path, config=config)
+                adapters.read(source, config=config)
         except AdapterError as error:
             card = locals().get("card")
             problems = [*(card.problems if card else ()), Problem("", str(error))]
@@ -60,6 +62,7 @@ class Reader:
             "card": _plain(card) if card else None,
             "problems": [vars(problem) for problem in problems],
             "usable": card is not None and not any(problem.level == "error" for problem in problems),
+            "converts": source is not path or (card is not None and card.format != "peft"),
         }
 
     def _misfits(self, card, label: str, wanted) -> list[Problem]:
@@ -76,9 +79,14 @@ class Reader:
         return adapters.check(card, adapters.base_shapes(folder), label=label, base=base.id)
 
     def convert(self, job, request: dict) -> tuple[str, dict]:
-        """Write an image adapter by another program as a PEFT folder; the numbers stay, its strengths go into the factors."""
+        """Write an adapter that is not whole here as a PEFT folder: one by another program for an image model, whose numbers stay and whose
+        strengths go into the factors, or one with the widths of its layers noted from its base."""
         path, target = argument(request, "path", str), Path(argument(request, "target", str))
         job.doing = "converting the adapter"
+        source = _whole(path, request.get("base"))
+        if isinstance(source, dict):
+            durable.publish_folder(target, source)
+            return "result", {"layers": len(adapters.inspect(source).layers)}
         given = {"base_model_name_or_path": request["base"]} if request.get("base") else None
         found = adapters.read(path, config=given)
         durable.publish_folder(target, adapters.write(adapters.with_modules(found.card, found.modules)))
@@ -164,6 +172,19 @@ class Reader:
                 self.read.popitem(last=False)
         self.read.move_to_end(id)
         return id, self.read[id]
+
+
+def _whole(path: str, wanted, config: dict | None = None) -> str | dict[str, bytes]:
+    """An adapter's path, or, where its file leaves out how wide its layers are and the base that is wanted, or else its own, is here, its
+    files with that noted."""
+    named = sides.base_to_ask(path, config=config)
+    if named is None or not (wanted or named):
+        return path
+    try:
+        folder = bases.locate(base_of(wanted or named))
+    except BaseModelError:
+        return path
+    return sides.noted(path, adapters.base_shapes(folder), config=config) if folder else path
 
 
 def put(target: Path, files: dict[str, bytes]) -> None:

@@ -32,7 +32,7 @@ from pathlib import Path
 
 import torch
 
-from lora_studio import bases, durable
+from lora_studio import bases, durable, fence
 from lora_studio.adapters import multiplying, virtual
 from lora_studio.errors import BenchError
 from lora_studio.inference import baking, exporting, judging, reshaping, room, timing
@@ -59,11 +59,12 @@ class Desk:
         if verb not in VERBS:
             raise BenchError("bench.request", reason=f"there is no verb {str(verb)[:40]!r}; known: {', '.join(VERBS)}")
         act, known = VERBS[verb]
-        strange = job.request.keys() - {"verb", *known.split()}
+        strange = job.request.keys() - {"verb", "asker", *known.split()}
         if strange:
             raise BenchError("bench.request", reason=f"{verb} knows no {min(strange)[:40]}; known: {known}")
         try:
-            return act(self, job, job.request)
+            with fence.working_for(job.request.get("asker")):
+                return act(self, job, job.request)
         except (torch.OutOfMemoryError, MemoryError):
             self._drop()
             raise BenchError("bench.memory", device=job.request.get("device", "the computer")) from None

@@ -42,10 +42,13 @@ def stream(verb: str, *, seconds: float = 3600.0, **arguments) -> Iterator[dict]
 
 
 def _asked(verb: str, arguments: dict, seconds: float) -> Iterator[dict]:
-    # The bench serves everybody alike: what a visitor may name is looked at here.
+    # The bench serves everybody: what a visitor names is looked at here, what their files name by the bench, which is told who asks.
     for name in ("base", "tuned"):
         if arguments.get(name):
             fence.refuse_base(str(arguments[name]))
+    asker = fence.asker()
+    if asker is not None:
+        arguments = {**arguments, "asker": asker}
     if verb in _carried:
         return _told(_carried[verb](verb, arguments))
     return _exchange(_connect(), verb, arguments, seconds)

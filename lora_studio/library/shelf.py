@@ -9,14 +9,12 @@ import time
 from pathlib import Path
 
 from lora_studio import adapters, durable, fence
-from lora_studio.adapters.files import locate, parse_json
+from lora_studio.adapters.files import BESIDE, locate, parse_json
 from lora_studio.errors import AdapterError, MachineError
 from lora_studio.library import cards, index
 from lora_studio.workspace import Workspace
 
 REMOVED, KEEP_SECONDS, LEFTOVER_SECONDS = ".removed", 30 * 86400, 3600
-# What else may lie beside an adapter's weights; anything more in a folder stays behind.
-BESIDE = ("chat_template.jinja", "README.md")
 ROOM = 64 << 20
 
 

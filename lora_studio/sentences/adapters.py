@@ -33,7 +33,7 @@ SENTENCES = {
     "adapter.pattern": "adapter_config.json: the pattern {pattern} cannot be used: {reason}. Replace it by the layers' names.",
     "adapter.native_part": "{path} is a {method} adapter, and its tensor {name} is not one of that method. Save it again with PEFT.",
     "adapter.native_shapes": "{path} is a {method} adapter, and the tensors of {name} do not fit each other, or its settings change what they mean. Convert it to LoRA with PEFT's convert_to_lora first.",
-    "adapter.native_width": "{path} is a {method} adapter whose file does not say how wide its layers are. Convert it to LoRA with PEFT's convert_to_lora first.",
+    "adapter.native_width": "{path} is a {method} adapter whose file does not say how wide its layers are. The base it was made for does: fetch that, and name it when the adapter is added (--base, or the field Base).",
     "adapter.old_oft": "{path} is an OFT adapter of an older PEFT, which computed it in another way, and PEFT reads it no longer either. Train it again.",
     "adapter.no_rotation": "{path}: the rotation of {name} is infinite. The training diverged; use an earlier checkpoint.",
     "adapter.virtual": "{path}: its virtual tokens have the shape {here}, but adapter_config.json says {said}. Use the configuration that was saved with it.",
