@@ -50,7 +50,8 @@ def import_adapter(workspace: Workspace, source: str, *, revision: str | None = 
     in_repo = source.count("/") == 1 or (IN_REPO.fullmatch(source) and Path(source).suffix not in UPLOADS)
     if here is None and in_repo and not source.startswith((".", "/", "~")):
         return pull(workspace, source, revision=revision, token=token, **known)
-    here = here or Path(source)
+    if here is None:
+        raise AdapterError("adapter.missing", path=adapters.shown(source, 300))
     return _shelve_checked(workspace, here, {"source": here.name, "name": here.stem}, **known)
 
 

@@ -6,6 +6,7 @@ from lora_studio import bases, data, fence, library, runs, shelf, studio, visits
 from lora_studio.errors import BaseModelError, DataError, HostError, StudioError
 from lora_studio.fence import Limits
 from lora_studio.home import demo_base
+from lora_studio.jobs import bench
 from lora_studio.preflight import preflight
 from lora_studio.spec import Base, parse
 
@@ -141,7 +142,7 @@ def test_a_pattern_of_bundled_bases_opens_no_folder_beside_them(home, monkeypatc
 
 
 @pytest.mark.parametrize("text", ["x/" * 3000, "a" * 300, "~no-such-person/rows.jsonl", "rows\0.jsonl", "\0", "9" * 5000])
-def test_a_text_that_no_file_system_could_hold_is_a_sentence(with_bench, workspace, text):
+def test_a_text_that_no_file_system_could_hold_is_a_sentence(home, workspace, text):
     """For the owner too, in every field that may name a place."""
     from lora_studio.adapters import assistant
 
@@ -152,6 +153,7 @@ def test_a_text_that_no_file_system_could_hold_is_a_sentence(with_bench, workspa
     for act in (shelf.import_adapter, lambda workspace, text: assistant.locate(text, workspace)):
         with pytest.raises(StudioError):
             act(workspace, text)
+    assert not bench.is_running(), "nobody has to wait for a process to be told that"
 
 
 def test_a_run_goes_on_from_no_adapter_of_another(ana, tmp_path):

@@ -8,6 +8,7 @@ import pytest
 from lora_studio import albums, fence, grids, shelf, tryouts, workspace
 from lora_studio.errors import StudioError
 from lora_studio.fence import Limits
+from lora_studio.jobs import bench
 from lora_studio.pictures.edits import Edit
 from lora_studio.spec import compare, parse, sweep
 from tests.hosted import belongings
@@ -41,6 +42,7 @@ def people(tmp_path_factory):
     (place / "scratch").mkdir()
     found = belongings.make(ana, "canaryana", scratch=place / "scratch")
     yield ana, ben, found
+    bench.stop()
     os.environ.pop("LORA_STUDIO_HOME") if before is None else os.environ.update(LORA_STUDIO_HOME=before)
 
 

@@ -239,7 +239,7 @@ def test_another_base_is_told_by_its_width(trained, tmp_path):
     assert len(adapters.check(card, deeper, base=card.base)) == (kind == "prefix")
 
 
-def test_it_is_no_sum_and_every_refusal_says_what_to_do(trained, tmp_path):
+def test_it_is_no_sum_and_every_refusal_says_what_to_do(trained, with_bench, tmp_path):
     kind, workspace, run = trained
     card = adapters.inspect(run / "adapter")
     with pytest.raises(BlendError, match=f"mine is a tuned {kind}: .* Try it in the Playground, or load it with PEFT"):
