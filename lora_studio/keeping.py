@@ -17,6 +17,7 @@ from lora_studio.errors import HostError, StudioError
 from lora_studio.home import home
 from lora_studio.hub import client, own
 from lora_studio.jobs import tokens
+from lora_studio.steady import Steady
 from lora_studio.storage import TURN_BYTES, Storage, contents
 from lora_studio.storage.repository import Repository
 from lora_studio.workspace import Workspace, local
@@ -59,6 +60,7 @@ class _Kept:
     asked: dict[Path, dict] = field(default_factory=dict)  # what looking for kept work came to, by workspace
     guard: threading.Lock = field(default_factory=threading.Lock)
     secret: str = field(default="", repr=False)
+    worker: Steady | None = None
 
 
 _kept = _Kept()
@@ -165,7 +167,15 @@ def start(secret: str = "") -> None:
     """Keep what is to be kept, in threads of this process, from now on; `secret` outlives the machine and signs what visitors keep."""
     _kept.secret = secret
     shutil.rmtree(home() / STAGING, ignore_errors=True)  # of a studio that was cut off
-    threading.Thread(target=_forever, args=(local(),), daemon=True, name="keeping").start()
+    owners = local()
+    _kept.worker = Steady("Keeping in repositories", lambda: _pass(owners), seconds=2.0)
+    _kept.worker.start()
+
+
+def rest() -> None:
+    """Begin no further turn in this process."""
+    if _kept.worker is not None:
+        _kept.worker.stop()
 
 
 def last(*, seconds: float) -> tuple[int, int]:
@@ -181,12 +191,6 @@ def last(*, seconds: float) -> tuple[int, int]:
 
 
 # ---- turns
-
-
-def _forever(owners: Workspace) -> None:
-    while True:
-        _pass(owners)
-        time.sleep(2.0)
 
 
 def _pass(owners: Workspace) -> None:

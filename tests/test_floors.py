@@ -11,7 +11,7 @@ PACKAGE = Path(lora_studio.__file__).parent
 FLOORS = {
     0: ["errors", "sentences", "spec", "problems", "settings", "families", "presets", "home", "weights", "rates", "__init__"],
     1: ["lowrank", "dora", "multiplied", "blend", "merging", "products", "ranks", "sketch", "conflicts"],
-    2: ["allotment", "durable", "fence", "hosting", "storage", "caches", "workspace", "runs", "data", "rows", "bases", "memory", "advice", "continuing", "single_files", "library", "adapters", "checkpoints", "hub", "card", "listing", "pictures"],
+    2: ["allotment", "durable", "steady", "fence", "hosting", "storage", "caches", "workspace", "runs", "data", "rows", "bases", "memory", "advice", "continuing", "single_files", "library", "adapters", "checkpoints", "hub", "card", "listing", "pictures"],
     3: ["worker", "bench", "zerogpu", "training", "inference", "demo"],
     4: ["jobs"],
     5: ["studio", "albums", "baking", "exports", "lineage", "tryouts", "shelf", "formats", "merges", "space", "demo_space", "judging", "search", "sweeps", "comparisons", "grids", "preflight", "options", "visits", "numbers", "retries", "doctor", "keeping"],

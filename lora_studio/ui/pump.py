@@ -10,6 +10,7 @@ from lora_studio.errors import HostError, StudioError
 from lora_studio.home import home
 from lora_studio.hosting import Hosting
 from lora_studio.jobs import bench
+from lora_studio.steady import Steady
 from lora_studio.storage import Storage
 
 SECONDS = 2.0
@@ -26,29 +27,31 @@ class Pump:
         self.storage = Storage(home(), Path(hosting.storage)) if hosting.storage else None
         self.bounds = caches.bounds(os.environ, is_hosted=hosting.kind != "local")
         self.kept, self.trimmed, self.live, self.trouble = 0.0, 0.0, set(), ""
+        # Two of them: a slow bucket must not keep runs waiting.
+        self.workers = [Steady("Starting what waits", self._start_what_waits, seconds=SECONDS), Steady("Keeping", self._keep_and_trim, seconds=SECONDS)]
         for sentence in self.storage.restore() if self.storage else ():
             print(sentence, flush=True)
 
     def start(self) -> None:
-        """Work from now on, in a thread; the runs themselves do not need the server."""
+        """Work from now on, in threads; the runs themselves do not need the server."""
         studio.pump()
-        threading.Thread(target=self._forever, daemon=True, name="pump").start()
-        # A slow bucket must not keep runs waiting.
-        threading.Thread(target=self._keep_forever, daemon=True, name="keep").start()
+        for worker in self.workers:
+            worker.start()
 
-    def _forever(self) -> None:
-        while True:
-            time.sleep(SECONDS)
-            studio.pump()
-            visits.end_overlong(self.hosting.limits)
+    def stop(self) -> None:
+        """Work no more; the runs go on."""
+        for worker in self.workers:
+            worker.stop()
 
-    def _keep_forever(self) -> None:
-        while True:
-            time.sleep(SECONDS)
-            self._keep_in_time()
-            if time.monotonic() - self.trimmed > TRIM_SECONDS:
-                self.trim()
-                self.trimmed = time.monotonic()
+    def _start_what_waits(self) -> None:
+        studio.pump()
+        visits.end_overlong(self.hosting.limits)
+
+    def _keep_and_trim(self) -> None:
+        self._keep_in_time()
+        if time.monotonic() - self.trimmed > TRIM_SECONDS:
+            self.trim()
+            self.trimmed = time.monotonic()
 
     def trim(self) -> None:
         """Remove from the caches what is over their bounds, but not what the bench has loaded."""

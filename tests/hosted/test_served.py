@@ -16,7 +16,7 @@ from urllib.parse import quote
 import pytest
 from starlette.testclient import TestClient
 
-from lora_studio import fence, hosting, ui, workspace
+from lora_studio import fence, hosting, keeping, ui, workspace
 from tests.hosted import belongings
 from tests.hosted.issuer import Issuer
 from tests.hosted.test_door import enter
@@ -71,6 +71,8 @@ def served(tmp_path_factory):
         found.cookies[name] = client.cookies["studio"]
     yield found
     pages.close()
+    pages.pump.stop()
+    keeping.rest()
     issuer.close()
     fence.watch(lambda: None)
     for name in set(os.environ) - set(before):

@@ -6,8 +6,10 @@ import time
 from dataclasses import replace
 from types import SimpleNamespace
 
+from lora_studio.errors import MachineError
 from lora_studio.fence import Limits
 from lora_studio.hosting import Hosting
+from lora_studio.ui import pump as pumping
 from lora_studio.ui.account import Account
 from lora_studio.ui.pump import Pump
 
@@ -52,3 +54,30 @@ def test_caches_are_trimmed_where_people_sign_in_and_left_alone_on_a_machine_of_
     assert old.is_file()
     Pump(Hosting(kind="owner")).trim()
     assert not old.exists()
+
+
+def test_trouble_in_a_turn_is_said_once_and_ends_nothing_and_stopped_it_takes_no_further_turn(workspace, monkeypatch, capsys):
+    seen = []
+
+    def pump():
+        seen.append(len(seen))
+        if len(seen) in (2, 3):
+            raise MachineError("machine.write", path="queue.json", reason="no space left on device")
+        if len(seen) == 4:
+            raise OSError(28, "no space left on device")
+
+    monkeypatch.setattr(pumping.studio, "pump", pump)
+    monkeypatch.setattr(pumping, "SECONDS", 0.01)
+    made = Pump(Hosting())
+    made.start()
+    until = time.monotonic() + 30
+    while len(seen) < 6:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    made.stop()
+    taken = len(seen)
+    assert not any(worker.thread.is_alive() for worker in made.workers)
+    time.sleep(0.1)
+    assert len(seen) == taken
+    told = capsys.readouterr().out
+    assert told.count("Starting what waits: ") == 2 and told.count("queue.json") == 1
