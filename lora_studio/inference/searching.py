@@ -17,7 +17,7 @@ from lora_studio.inference.blends import Part, Reader, other_base, parents_of
 from lora_studio.inference.hooks import Hooks
 from lora_studio.inference.proposals import proposals
 from lora_studio.spec.search import SearchSpec, parse
-from lora_studio.training import job, loop, text_encoders
+from lora_studio.training import crew, job, loop, text_encoders
 
 
 class Stopped(Exception):
@@ -82,6 +82,7 @@ class Judge:
             spec = spec.model_copy(update={"task": spec.task.model_copy(update={"text_encoder": True})})
         self.spec, self.task = spec, _judging(spec.task.kind)(spec.as_training(), device=device, note=note, folder=folder)
         self.model = self.task.load().eval()
+        crew.settle(self.model, spec.threads)
         self.hooks = Places(self.model, spec.base.id, self.task.device)
         for number, part in enumerate(parts):
             if sentence := other_base(part, spec.base.id):

@@ -110,7 +110,7 @@ class Compute(Part):
     compile: bool = False
     """Compile the blocks of an image base: some minutes at the start, then faster steps. Not on every machine."""
     threads: Annotated[int, Field(ge=1)] | None = None
-    """CPU threads. null takes all cores, in a container those it is allowed."""
+    """CPU threads. null takes one for every 10 million parameters of the model, and no more than there are cores, in a container those it is allowed; a small model is slower on several."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """The number every random draw comes from."""
 

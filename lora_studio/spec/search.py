@@ -53,7 +53,7 @@ class SearchSpec(Part):
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """The base's numbers. auto takes bf16 where the device has it."""
     threads: Annotated[int, Field(ge=1)] | None = None
-    """CPU threads. null takes all cores, in a container those it is allowed."""
+    """CPU threads. null takes one for every 10 million parameters of the model, and no more than there are cores, in a container those it is allowed; a small model is slower on several."""
 
     def as_training(self) -> TrainSpec:
         """The run whose task judges these rows: all of them, as rows held out of a training are judged."""

@@ -9,7 +9,7 @@ import torch
 from lora_studio import allotment, durable, runs
 from lora_studio.errors import TrainingError
 from lora_studio.spec import compare, sweep, to_tree
-from lora_studio.training import checkpoint, job, loop, many, methods
+from lora_studio.training import checkpoint, crew, job, loop, many, methods
 from lora_studio.training.lanes import gather
 
 
@@ -46,13 +46,13 @@ def spec_of(folder: Path) -> compare.CompareSpec:
 def run(folder: Path, desk: loop.Desk) -> None:
     """Measure every part that is not measured yet. Raises StudioError."""
     spec = spec_of(folder)
-    torch.set_num_threads(spec.run.compute.threads or allotment.cores())
     names, first = compare.parts(spec), True
     for number, part in enumerate(names):
         events = runs.read_all(folder)
         if any(event["kind"] == "measured" and event["part"] == part for event in events):
             _forget(folder, part)
             continue
+        torch.set_num_threads(spec.run.compute.threads or allotment.cores())
         trials = compare.trials(spec, part, compare.best(spec, events))
         if not trials and not part.startswith("full"):
             raise TrainingError("compare.failed", method=compare.NAMES[part])
@@ -104,6 +104,7 @@ def _alone(folder: Path, spec: compare.CompareSpec, desk: PartDesk, specs: list,
     task = job.task_class(one.task.kind)(one, device=job.device_of(folder), note=lambda sentence: None, folder=folder)
     method = methods.METHODS[one.method.kind]
     model = task.load()
+    crew.settle(model, one.compute.threads)
     model = method.attach(model, one, task.parts(model))
     fast = task.prepare(model)
     trainer = loop.Trainer(task, method, model, one, _Alone(desk), folder / "checkpoints" / desk.part)

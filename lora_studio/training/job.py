@@ -9,7 +9,7 @@ import torch
 from lora_studio import allotment, durable, library, runs
 from lora_studio.errors import TrainingError
 from lora_studio.spec import methods, to_tree
-from lora_studio.training import checkpoint, loop, starts
+from lora_studio.training import checkpoint, crew, loop, starts
 from lora_studio.training.methods import METHODS
 from lora_studio.workspace import Workspace
 
@@ -37,6 +37,7 @@ def train(folder: Path, desk: loop.Desk) -> None:
 
     task = task_class(spec.task.kind)(spec, device=device, note=note, folder=folder)
     model = task.load()
+    crew.settle(model, spec.compute.threads)
     method = METHODS[spec.method.kind]
     targets = task.parts(model)
     model = method.attach(model, starts.placed(spec, Workspace(folder.parent.parent)), targets)

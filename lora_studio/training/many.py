@@ -18,7 +18,7 @@ from lora_studio import allotment, durable, runs
 from lora_studio.errors import MachineError, TrainingError
 from lora_studio.spec import sweep
 from lora_studio.training import checkpoint, job, loop, methods
-from lora_studio.training.crew import Crew, hands
+from lora_studio.training.crew import Crew, hands, worth
 from lora_studio.training.lanes import Lane, gather
 from lora_studio.training.order import key
 
@@ -38,7 +38,8 @@ class Team:
         self.steps = max(lane.steps for lane in self.lanes)
         self.save_every = output.checkpoint_every or max(1, -(-self.steps // 10))
         self.at_once = min(self.together or len(self.lanes), len(self.lanes))
-        self.crew = Crew(hands(self.model, self.at_once))
+        asked = self.lanes[0].spec.compute.threads
+        self.crew = Crew(hands(self.model, self.at_once), None if asked else worth(self.model))
 
     @property
     def model(self) -> torch.nn.Module:

@@ -8,8 +8,9 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from lora_studio import runs
-from lora_studio.training import crew, many
+from lora_studio.training import crew, loop, many
 from tests import tiny
+from tests.training import test_job
 from tests.training.test_many import (
     APART,
     KINDS,
@@ -128,6 +129,33 @@ def test_what_breaks_on_a_thread_is_raised_when_all_are_done():
         assert torch.get_num_threads() == 4
     finally:
         torch.set_num_threads(before)
+
+
+def test_each_thread_takes_no_more_than_it_is_said_to():
+    before = torch.get_num_threads()
+    torch.set_num_threads(6)
+    try:
+        for hands, most, own in ((2, None, 3), (2, 1, 1), (2, 5, 3), (1, None, 6), (1, 4, 4), (1, 8, 6)):
+            with crew.Crew(hands, most) as made_up:
+                assert torch.get_num_threads() == own and made_up.each(lambda _: torch.get_num_threads(), range(2)) == [own] * 2
+            assert torch.get_num_threads() == 6
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("asked", "worth", "taken"), [(None, 10_000_000, 1), (None, 10_000, 3), (None, 5_000, 4), (2, 10_000_000, 2)])
+def test_a_run_takes_no_more_threads_than_its_model_is_worth_unless_asked(workspace, base, chat_rows, monkeypatch, asked, worth, taken):
+    """The tiny base has 26,944 parameters."""
+    seen, before = [], torch.get_num_threads()
+    monkeypatch.setattr(crew, "WORTH", worth)
+    monkeypatch.setattr("lora_studio.allotment.cores", lambda: 4)
+    monkeypatch.setattr(loop.Trainer, "_step", lambda self, *given, own=loop.Trainer._step, **more: (seen.append(torch.get_num_threads()), own(self, *given, **more))[1])
+    tree = {**tiny.tree(base, chat_rows), "schedule": {"steps": 2, "batch_size": 2}, "validation": {"size": 0}, "output": {}}
+    try:
+        test_job.train(test_job.run_of(workspace, {**tree, "compute": {"device": "cpu", "threads": asked}}))
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [taken] * 2
 
 
 def test_a_base_that_draws_at_random_and_a_single_core_stay_on_one_thread():
