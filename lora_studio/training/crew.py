@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 Item, Found = TypeVar("Item"), TypeVar("Found")
-WORTH = 10_000_000  # parameters that keep one thread busy: on two cores, models of 2 to 7 million were 1.1 to 1.7 times faster on one thread, of 26 and 45 million on two
+WORTH = 10_000_000  # parameters that keep one thread busy: models of up to 7 million were faster on one thread, of 26 million on two (tests/benchmarks/threads.py)
 
 
 class Crew:

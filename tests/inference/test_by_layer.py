@@ -70,6 +70,22 @@ def test_a_saved_blend_by_layer_and_a_baked_one_give_the_logits_and_the_words_of
     assert said(desk, base, parts, tmp_path) == said(desk, base, [[str(tmp_path / "saved"), 1.0]], tmp_path) != said(desk, base, [], tmp_path)
 
 
+@pytest.mark.parametrize(("worth", "taken"), [(10_000_000, 1), (10_000, 3)])
+def test_a_small_model_speaks_on_as_many_threads_as_it_is_worth_and_the_bench_has_its_own_back(desk, base, tmp_path, monkeypatch, worth, taken):
+    """The tiny base has 26,944 parameters."""
+    seen, before = set(), torch.get_num_threads()
+    monkeypatch.setattr("lora_studio.training.crew.WORTH", worth)
+    torch.set_num_threads(4)
+    try:
+        said(desk, base, [], tmp_path)
+        handle = desk.shelf.model.register_forward_hook(lambda *given: seen.add(torch.get_num_threads()))
+        said(desk, base, [], tmp_path)
+        handle.remove()
+        assert seen == {taken} and torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_layers_of_weight_0_are_the_bases_bit_for_bit_and_uniform_weights_are_the_number(base, pair):
     shelf = Shelf(Base(id=str(base)), precision="fp32")
     shelf.put("a", adapters.read(pair[0]).modules)
