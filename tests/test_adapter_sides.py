@@ -13,11 +13,11 @@ from lora_studio import adapters, library, shelf
 from lora_studio.adapters import sides
 from lora_studio.errors import AdapterError
 from lora_studio.home import demo_base
-from lora_studio.workspace import Workspace
-from tests.browser import made
 from tests.test_dora import merged
 from tests.test_multiplied import gpt2
+from tests.test_shelf import place, space
 
+__all__ = ["place", "space"]  # pytest finds fixtures by their names here
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 CONFIGS = {
     "vera": lambda: peft.VeraConfig(r=8, target_modules=TARGETS), "miss": lambda: peft.MissConfig(r=4, target_modules=TARGETS),
@@ -111,22 +111,6 @@ def test_a_base_that_does_not_say_it_either_or_is_another_one_leaves_a_sentence(
 
 
 # ---- into the library
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A home whose bench serves all tests of this part."""
-    folder = tmp_path_factory.mktemp("sides")
-    yield folder
-    with made.at(folder / "home") as bench:
-        bench.stop()
-
-
-@pytest.fixture
-def space(place, tmp_path, monkeypatch):
-    monkeypatch.setenv("LORA_STUDIO_HOME", str(place / "home"))
-    (tmp_path / "space").mkdir()
-    return Workspace(tmp_path / "space")
 
 
 @pytest.mark.parametrize("kind", [kind for kind in CONFIGS if kind != "oft of one block"])
