@@ -15,6 +15,14 @@ WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 VARIANTS = ["*.fp16.safetensors", "*.bf16.safetensors", "*.non_ema.safetensors", "*.ema_only.safetensors"]
 
 
+LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.\d+\.")
+EXPERTS = ".experts."  # in the name of a weight
+# What a part of an expert is called: in a mixture PEFT takes layers of these names for its experts (utils/transformers_weight_conversion.py).
+OF_EXPERTS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+# Where PEFT refuses two layers that their kernels read past the module (tuners/tuners_utils.py).
+MAMBA, READ_PAST = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"), ("out_proj", "conv1d")
+
+
 @dataclass(frozen=True)
 class BaseInfo:
     """What is known of a base before it is loaded. `folder` is None while a Hub model has not been fetched, and a file where the whole
@@ -32,23 +40,32 @@ class BaseInfo:
     context: int | None = None
     keys: int | None = None
     linears: tuple[tuple[str, int, int], ...] = ()
+    is_mixture: bool = False
     commit: str = ""
     pipeline: str = ""
     note: str = ""
 
+    @property
+    def adaptable(self) -> list[tuple[str, int, int]]:
+        """The linear layers that an adapter can go on. Experts are none: transformers keeps them in one stack, whatever a checkpoint does."""
+        return [layer for layer in self.linears if EXPERTS not in layer[0]]
+
     def targets(self, wanted) -> list[str]:
         """The ends of the names of the layers that `method.targets` means here, from the headers. Empty when unknown."""
+        layers = [name for name, *_ in self.adaptable]
         if wanted != "auto":
-            return [name for name in wanted if any(full == name or full.endswith("." + name) for full, *_ in self.linears)]
+            return [name for name in wanted if any(full == name or full.endswith("." + name) for full in layers)]
+        left_out = (*(OF_EXPERTS if self.is_mixture else ()), *(READ_PAST if self.model_type in MAMBA else ()))
+        layers = [name for name in layers if name.rsplit(".", 1)[-1] not in left_out]
         family = families.of_pipeline(self.pipeline) if self.pipeline else families.of_model_type(self.model_type)
-        known = [name for name in family.targets if any(full.endswith("." + name) for full, *_ in self.linears)] if family else []
-        return known or sorted({name.rsplit(".", 1)[-1] for name, *_ in self.linears})
+        known = [name for name in family.targets if any(full.endswith("." + name) for full in layers)] if family else []
+        return known or sorted({name.rsplit(".", 1)[-1] for name in layers})
 
     def trainable(self, targets: list[str], method) -> int:
         """Parameters that a method (of spec.method) learns on those layers, or as virtual tokens; 0 where the headers do not tell."""
         if method.kind in methods.VIRTUAL:
             return methods.virtual_parameters(method, self.hidden or 0, self.layers or 0, self.keys or 0)
-        fits = (shape for name, *shape in self.linears if any(name == end or name.endswith("." + end) for end in targets))
+        fits = (shape for name, *shape in self.adaptable if any(name == end or name.endswith("." + end) for end in targets))
         return sum(methods.parameters(method, rows, columns) for rows, columns in fits)
 
 
@@ -142,10 +159,12 @@ def inspect(base: Base) -> BaseInfo:
         raise BaseModelError("base.not_causal", id=base.id, model_type=config.get("model_type", classes[0]))
     text = config.get("text_config") or config
     shapes = _shapes(base.id, folder)
+    is_mixture = any(EXPERTS in name for name in shapes)
+    routers = (".router.weight", ".router.layer.weight", *((".gate.weight",) if is_mixture else ()))
     linears = tuple(
         (name.removesuffix(".weight"), shape[0], shape[1])
         for name, shape in shapes.items()
-        if name.endswith(".weight") and len(shape) == 2 and ".layers." in name and "norm" not in name
+        if name.endswith(".weight") and len(shape) == 2 and LAYER.search(name) and "norm" not in name and not name.endswith(routers)
     )
     return BaseInfo(
         base.id,
@@ -159,6 +178,7 @@ def inspect(base: Base) -> BaseInfo:
         context=text.get("max_position_embeddings") or text.get("n_positions"),
         keys=_keys(text),
         linears=linears,
+        is_mixture=is_mixture,
         commit=folder.name if folder.parent.name == "snapshots" else "",
     )
 

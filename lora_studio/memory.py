@@ -155,7 +155,7 @@ def estimate(spec: TrainSpec, info: BaseInfo, rows: Rows, *, trainable: int, dev
 def _looked_at(spec: TrainSpec, info: BaseInfo, wide: int) -> int:
     """Bytes of what a start that looks at the rows first collects: a gradient of each layer, or products of all its inputs, and what is made of one."""
     init, targets = getattr(spec.method, "init", ""), info.targets(spec.method.targets)
-    own = [4 * columns * (rows if init == "lora_ga" else columns) for name, rows, columns in info.linears if _is_adapted(name, targets)]
+    own = [4 * columns * (rows if init == "lora_ga" else columns) for name, rows, columns in info.adaptable if _is_adapted(name, targets)]
     if init not in ("eva", "corda", "lora_ga") or not own:
         return 0
     portion = max(min(sum(own), PORTION), *own)

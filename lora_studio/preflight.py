@@ -80,7 +80,7 @@ def _check_base(spec: TrainSpec, report: Report) -> bases.BaseInfo | None:
     elif info.linears:
         found = info.targets(spec.method.targets)
         if not found:
-            known = sorted({name.rsplit(".", 1)[-1] for name, *_ in info.linears})
+            known = sorted({name.rsplit(".", 1)[-1] for name, *_ in info.adaptable})
             wanted = ", ".join(spec.method.targets) if spec.method.targets != "auto" else "auto"
             report.add("method.targets", StudioError("base.targets", id=spec.base.id, targets=wanted, known=", ".join(known)))
         missing = [] if spec.method.targets == "auto" else [name for name in spec.method.targets if name not in found]
@@ -299,7 +299,7 @@ def _size_up(spec: TrainSpec, info: bases.BaseInfo, report: Report) -> None:
     elif info.linears and report.facts.get("targets"):
         report.facts["trainable"] = trainable_of(spec, info)
         ends = report.facts["targets"]
-        shapes = {name: shape for name, *shape in info.linears if any(name == end or name.endswith("." + end) for end in ends)}
+        shapes = {name: shape for name, *shape in info.adaptable if any(name == end or name.endswith("." + end) for end in ends)}
         rank, top = getattr(spec.method, "rank", 0), max(map(min, shapes.values()))
         most, name = min((methods.directions(spec.method, *shape), name) for name, shape in shapes.items())
         if rank > most:

@@ -39,12 +39,15 @@ def model(kind: str = "llama", *, seed: int = 0, **changes):
         "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
         "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
         "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
+        "gpt_oss": (transformers.GptOssConfig, transformers.GptOssForCausalLM),
+        "qwen3_moe": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM),
     }
+    few = {"gpt_oss": {"num_local_experts": 4}, "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}}
     config_class, model_class = classes[kind]
     settings = {
         "vocab_size": 261, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512, "pad_token_id": 0, "eos_token_id": 1,
-        "bos_token_id": None, "tie_word_embeddings": True, **changes,
+        "bos_token_id": None, "tie_word_embeddings": True, **few.get(kind, {}), **changes,
     }  # fmt: skip
     torch.manual_seed(seed)
     return model_class(config_class(**settings))

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_studio.adapters import Adapter, virtual
 from lora_studio.dora import Dora
 from lora_studio.errors import AdapterError
+from lora_studio.inference.mixtures import Mixtures
 from lora_studio.lowrank import LowRank
 from lora_studio.multiplied import Multiplied
 from lora_studio.weights import Weight, acts, by_layer
@@ -36,6 +37,7 @@ class Hooks:
         self.names: dict[str, tuple[str, ...]] = {}
         self.active: Active = ()
         self._parts: dict[torch.nn.Module, dict[str, _Part | _Turn]] = {}
+        self._mixtures = Mixtures(model, lambda: [(id, weight.__getitem__ if isinstance(weight, dict) else lambda name, weight=weight: weight) for id, weight in self.active])
 
     @property
     def ids(self) -> set[str]:
@@ -50,16 +52,17 @@ class Hooks:
 
     def put(self, id: str, modules: dict[str, Update], *, label: str = "The adapter") -> None:
         """Hang an adapter on the layers; it has no weight yet. Raises AdapterError, and then nothing was hung."""
-        places = {name: self.layer_of(name) for name in modules}
+        experts = {name: (slot, module) for name, module in modules.items() if (slot := self._mixtures.find(name, module)) is not None}
+        places = {name: self.layer_of(name) for name in modules if name not in experts}
         strangers = [name for name, layer in places.items() if layer is None]
         count, base = len(strangers), self.id
         if strangers and count == len(modules):
             raise AdapterError("adapter.fits_nothing", path=label, count=count, base=base, name=strangers[0], own="another base")
         if strangers:
             raise AdapterError("adapter.unknown_layers", path=label, count=count, total=len(modules), base=base, name=strangers[0])
-        for name, module in modules.items():
-            self._check(label, name, module, places[name])
-        made = {name: self._part(label, name, module, places[name]) for name, module in modules.items()}
+        for name, layer in places.items():
+            self._check(label, name, modules[name], layer)
+        made = {name: self._part(label, name, modules[name], layer) for name, layer in places.items()}
         self.take(id)
         self.names[id] = tuple(modules)
         for name, part in made.items():
@@ -68,12 +71,14 @@ class Hooks:
                 self._parts[layer] = {}
                 layer.register_forward_hook(self._hook(self._parts[layer]))
             self._parts[layer][id] = part
+        self._mixtures.put(id, experts, self.device)
 
     def take(self, id: str) -> None:
         """Take an adapter off the layers."""
         self.names.pop(id, None)
         for parts in self._parts.values():
             parts.pop(id, None)
+        self._mixtures.take(id)
 
     def layer_of(self, name: str) -> torch.nn.Module | None:
         """The layer an adapter means; checkpoints and models may differ in the first words of a name."""

@@ -69,7 +69,8 @@ class Shelf(Hooks):
         self.model = training.load_model(folder, base.id, self.dtype).to(self.device).eval()
         super().__init__(self.model, base.id, self.device)
         self.before: dict[str, Before] = {}
-        self._takes_few = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        takes = inspect.signature(self.model.forward).parameters
+        self._takes_few, self._keeps = "logits_to_keep" in takes, "past_key_values" in takes  # Mamba and the like keep a state of their own
 
     # ---- adapters that are virtual tokens
 
@@ -134,14 +135,15 @@ class Shelf(Hooks):
         for _ in range(min(manner.longest, room)):
             with self.on(active), torch.inference_mode():
                 ids = torch.tensor([given], device=self.device)
-                found = self.model(input_ids=ids, past_key_values=cache, use_cache=True, **few)
+                kept = {"past_key_values": cache, "use_cache": True} if self._keeps else {"use_cache": False}
+                found = self.model(input_ids=ids, **kept, **few)
                 token = choose(found.logits[0, -1], manner, draw)
-            cache = found.past_key_values
+            cache = found.past_key_values if self._keeps else None
             if token in ends:
                 answer.ended = "end"
                 break
             answer.tokens.append(token)
-            given = [token]
+            given = [token] if self._keeps else [*given, token]
             # Decoded whole each time: what a token looks like depends on those before it. The rest of a character may be yet to come.
             text = self.decode(answer.tokens)
             ready = max(said, len(text.rstrip(UNFINISHED)))

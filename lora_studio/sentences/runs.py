@@ -57,6 +57,8 @@ SENTENCES = {
     "Choose a base that transformers supports itself.",
     "base.broken": "{id} could not be loaded: {reason}. Fetch it again.",
     "base.targets": "No layer of {id} is called {targets}. It has: {known}.",
+    "base.unadaptable": "PEFT puts no adapter on {targets} of {id}: {reason}. Name other layers in method.targets.",
+    "base.experts": "{id} is a mixture, and layers called {targets} are taken for its experts, which are not trained here. Leave them out of method.targets.",
     "base.renamed": "{id} keeps {name} under another name or shape in its files, so full fine-tuning cannot write it. Choose lora.",
     "base.full_file": "{id} is a model in one file, which full fine-tuning does not write. Use the folder of the same model, or choose lora.",
     "base.virtual": "{id} does not take virtual tokens as it takes words, so method.kind {method} would go wrong on it ({reason}). Choose lora, or another base.",

@@ -11,13 +11,14 @@ import peft
 import torch
 from safetensors.torch import save
 
-from lora_studio import adapters
+from lora_studio import adapters, bases
 from lora_studio.adapters import multiplying, natives, pipeline_files
 from lora_studio.adapters.files import NESTED, reheaded
 from lora_studio.errors import BaseModelError
 from lora_studio.spec import TrainSpec
 from lora_studio.spec.methods import MULTIPLYING
 from lora_studio.training import adalora, dylora, first_look, full, optim, order, residual, starts, text_encoders, virtual
+from lora_studio.training.encode import first_line
 
 ADAPTER = "default"
 
@@ -130,6 +131,7 @@ def _attach(model: torch.nn.Module, spec: TrainSpec, targets: list[str], *seed: 
     common = {"target_modules": list(targets), "task_type": None if spec.task.kind == "image" else "CAUSAL_LM"}
     config = CONFIGS[spec.method.kind](spec.method, common)
     torch.manual_seed(order.key(spec.compute.seed, *seed))
+    known = sorted({name.rsplit(".", 1)[-1] for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)})
     try:
         if isinstance(model, peft.PeftModel):
             wrapped = model
@@ -138,9 +140,11 @@ def _attach(model: torch.nn.Module, spec: TrainSpec, targets: list[str], *seed: 
             wrapped = peft.get_peft_model(model, config, adapter_name=adapter)
     except ValueError as error:
         if "arget module" not in str(error):
-            raise
-        known = sorted({name.rsplit(".", 1)[-1] for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)})
+            reason = first_line(error)[:200].rstrip(".")
+            raise BaseModelError("base.unadaptable", id=spec.base.id, targets=", ".join(targets), reason=reason) from None
         raise BaseModelError("base.targets", id=spec.base.id, targets=", ".join(targets), known=", ".join(known)) from None
+    if getattr(wrapped.peft_config[adapter], "target_parameters", None):  # PEFT took names of plain layers for those of experts
+        raise BaseModelError("base.experts", id=spec.base.id, targets=", ".join(bases.OF_EXPERTS))
     wrapped.peft_config[adapter].base_model_name_or_path = spec.base.id  # what people know it by, not a folder here
     wrapped.peft_config[adapter].revision = spec.base.revision
     return wrapped

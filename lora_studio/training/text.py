@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from transformers.pytorch_utils import Conv1D
 
 from lora_studio import bases, rows
 from lora_studio.errors import BaseModelError, MachineError
@@ -72,7 +73,11 @@ class TextTask:
     def parts(self, model: torch.nn.Module) -> list[str]:
         """The ends of the names of the layers that get an adapter."""
         wanted = self.spec.method.targets
-        return self.info.targets(wanted) or (linears_of(model) if wanted == "auto" else list(wanted))
+        found = self.info.targets(wanted)
+        if wanted != "auto":
+            return found or list(wanted)
+        known = linears_of(model)  # a checkpoint may have matrices that are no layer of the model
+        return [name for name in found if name in known] or known
 
     def prepare(self, model: torch.nn.Module) -> str:
         """Choose between the fast path and the plain one, by trying the fast one on this very model. Returns it in words."""
@@ -227,9 +232,7 @@ def load_model(folder: Path, id: str, dtype: torch.dtype, **how) -> torch.nn.Mod
     """A causal language model from safetensors; `how` may say how it is quantised. Raises BaseModelError."""
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, attn_implementation="sdpa", **how
-        )
+        model = _loaded(folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, **how)
     except (ValueError, KeyError) as error:
         if "Unrecognized configuration class" in str(error):
             config = transformers.AutoConfig.from_pretrained(folder)
@@ -244,10 +247,20 @@ def load_model(folder: Path, id: str, dtype: torch.dtype, **how) -> torch.nn.Mod
     return model
 
 
+def _loaded(folder: Path, **how) -> torch.nn.Module:
+    """With torch's fused attention, or plain for a family that has no other, such as GPT-OSS."""
+    try:
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", **how)
+    except ValueError as error:
+        if "scaled_dot_product_attention" not in str(error):
+            raise
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", **how)
+
+
 def linears_of(model: torch.nn.Module) -> list[str]:
     """The ends of the names of all linear layers but the head."""
     head = model.get_output_embeddings()
-    return sorted({name.rsplit(".", 1)[-1] for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear) and layer is not head})
+    return sorted({name.rsplit(".", 1)[-1] for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear | Conv1D) and layer is not head})
 
 
 def base_print(folder: Path) -> str:

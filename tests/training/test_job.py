@@ -78,7 +78,7 @@ def test_a_stopped_run_goes_on_to_the_identical_adapter(workspace, base, chat_ro
     assert progress(retold) == progress(told)
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "mistral"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "mistral", "qwen3_moe", "gpt_oss"])
 def test_the_result_loads_in_peft_with_identical_logits(workspace, chat_rows, tmp_path, kind):
     base = tiny.write_base(tmp_path / kind, kind)
     folder = run_of(workspace, {**tiny.tree(base, chat_rows), "validation": {"size": 8, "keep_best": False}})
