@@ -87,6 +87,8 @@ def _check_base(spec: TrainSpec, report: Report) -> bases.BaseInfo | None:
         if found and missing:
             report.add("method.targets", f"No layer of {spec.base.id} is called {', '.join(missing)}. Remove it from method.targets.")
         report.facts["targets"] = found
+        if info.is_mixture and found and spec.method.kind not in methods.LAYERLESS:
+            report.add("method.targets", str(StudioError("base.mixture", id=spec.base.id, targets=", ".join(found))), "note")
         if info.note:
             report.add("base.id", info.note, "note")
         if info.folder.is_file() and (spec.compute.quantize != "none" or spec.compute.encoders == "4bit"):

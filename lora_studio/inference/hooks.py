@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_studio.adapters import Adapter, virtual
 from lora_studio.dora import Dora
 from lora_studio.errors import AdapterError
-from lora_studio.inference.mixtures import Mixtures
+from lora_studio.inference.mixtures import Mixtures, Slot
 from lora_studio.lowrank import LowRank
 from lora_studio.multiplied import Multiplied
 from lora_studio.weights import Weight, acts, by_layer
@@ -52,7 +52,7 @@ class Hooks:
 
     def put(self, id: str, modules: dict[str, Update], *, label: str = "The adapter") -> None:
         """Hang an adapter on the layers; it has no weight yet. Raises AdapterError, and then nothing was hung."""
-        experts = {name: (slot, module) for name, module in modules.items() if (slot := self._mixtures.find(name, module)) is not None}
+        experts = {name: (slot, module) for name, module in modules.items() if (slot := self.expert_of(name, module)) is not None}
         places = {name: self.layer_of(name) for name in modules if name not in experts}
         strangers = [name for name, layer in places.items() if layer is None]
         count, base = len(strangers), self.id
@@ -91,6 +91,10 @@ class Hooks:
             if len(found) == 1:
                 return self.layers[found[0]]
         return None
+
+    def expert_of(self, name: str, module: Update) -> Slot | None:
+        """Where the expert is that a layer means, if it means one that the model keeps in a stack."""
+        return self._mixtures.find(name, module)
 
     def _check(self, label: str, name: str, module: Update, layer: torch.nn.Module) -> None:
         kind = type(layer)

@@ -28,6 +28,11 @@ class Slot:
     number: int
     transposed: bool
 
+    @property
+    def stack(self) -> torch.nn.Parameter:
+        """All experts of that parameter."""
+        return self.module._parameters[self.parameter]
+
 
 class Mixtures:
     """The stacked experts of a model, and the adapters on them. `active` gives (id, weight of a layer by its name) of those that are on."""

@@ -95,6 +95,11 @@ def _merged(shelf, modules: dict, weights: dict[str, Weight]) -> Callable:
     for id, known in modules.items():
         sizes = by_layer(weights[id], tuple(known)) if isinstance(weights[id], dict) else dict.fromkeys(known, weights[id])
         for name, module in known.items():
+            if (slot := shelf.expert_of(name, module)) is not None:
+                delta = (module.delta() * sizes[name]).to(shelf.device)
+                whole = sums.setdefault(slot.stack, slot.stack.detach().to(delta.dtype, copy=True))
+                whole[slot.number] += delta.T if slot.transposed else delta
+                continue
             layer = shelf.layer_of(name)
             turned = isinstance(layer, Conv1D)
             if isinstance(module, Dora | Multiplied):

@@ -58,6 +58,7 @@ SENTENCES = {
     "base.broken": "{id} could not be loaded: {reason}. Fetch it again.",
     "base.targets": "No layer of {id} is called {targets}. It has: {known}.",
     "base.unadaptable": "PEFT puts no adapter on {targets} of {id}: {reason}. Name other layers in method.targets.",
+    "base.mixture": "{id} is a mixture of experts: the adapter goes on {targets}, which every token passes, and not on the experts.",
     "base.experts": "{id} is a mixture, and layers called {targets} are taken for its experts, which are not trained here. Leave them out of method.targets.",
     "base.renamed": "{id} keeps {name} under another name or shape in its files, so full fine-tuning cannot write it. Choose lora.",
     "base.full_file": "{id} is a model in one file, which full fine-tuning does not write. Use the folder of the same model, or choose lora.",

@@ -1,20 +1,18 @@
 """Adapters on experts that a model keeps in one stack: tried live as PEFT computes them, in any mix, and the base stays as it was."""
 
-import socket
-
 import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_studio import adapters, checkpoints
-from lora_studio.bench import Job
 from lora_studio.errors import AdapterError
 from lora_studio.inference.desk import Desk
 from lora_studio.inference.hooks import Hooks
 from lora_studio.inference.mixtures import _Matrix, _Stack
 from lora_studio.lowrank import LowRank
 from tests import tiny
+from tests.inference.test_by_layer import asked
 from tests.test_experts import CONFIGS, base, merged, trained
 
 __all__ = ["base"]  # pytest finds fixtures by their names here
@@ -81,7 +79,7 @@ def test_an_adapter_of_fewer_experts_leaves_the_others_alone(base, tmp_path):
     for name, update in modules.items():
         stack = changed[name.rpartition(".")[0]]
         with torch.no_grad():
-            stack[2] += update.delta().T if hooks._mixtures.find(name, update).transposed else update.delta()
+            stack[2] += update.delta().T if hooks.expert_of(name, update).transposed else update.delta()
     twin = AutoModelForCausalLM.from_pretrained(base)
     twin.load_state_dict(changed, strict=False)
     with hooks.using({"one": 1.0}):
@@ -143,14 +141,16 @@ def test_the_playground_answers_with_it(tmp_path, kind):
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
     words.save_pretrained(folder)
     adapter = trained(folder, tmp_path / "adapter")
-    asking = {"base": str(folder), "device": "cpu", "lock": str(tmp_path / "lock"), "precision": "fp32", "longest": 12, "temperature": 0.0}
-    ask = [{"role": "user", "content": "red fox?"}]
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        told = Desk().do(Job({"verb": "answer", **asking, "messages": ask, "sides": {"base": [], "mine": [[str(adapter), 1.0]]}}, ours))[1]
+    given = {"base": str(folder), "device": "cpu", "lock": str(tmp_path / "lock"), "precision": "fp32"}
+    ask, desk = [{"role": "user", "content": "red fox?"}], Desk()
+    told = asked(desk, "answer", **given, longest=12, temperature=0.0, messages=ask, sides={"base": [], "mine": [[str(adapter), 1.0]]})
     said = {side: one["text"] for side, one in told["sides"].items()}
     prompt = AutoTokenizer.from_pretrained(folder).apply_chat_template(ask, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     for side, model in (("base", AutoModelForCausalLM.from_pretrained(folder)), ("mine", merged(folder, adapter))):
         out = model.eval().generate(**prompt, max_new_tokens=12, do_sample=False)
         assert words.decode(out[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True).strip() == said[side].strip()
     assert said["base"] != said["mine"]
+    before = [value.clone() for value in desk.shelf.model.parameters()]
+    measured = asked(desk, "measure", **given, parts=[[str(adapter), 1.0, "mine"]], rounds=2)
+    assert measured["off"] < 1e-5 < 1e-3 < measured["moved"]  # merged is unmerged, and neither is the base
+    assert all(torch.equal(left, right) for left, right in zip(before, desk.shelf.model.parameters()))

@@ -108,7 +108,10 @@ def test_layers_that_peft_takes_for_experts_are_refused_before_step_1(workspace,
 
 
 def test_experts_alone_and_what_mamba_reads_past_its_layer_are_told_before_start(workspace, chat_rows, tmp_path):
-    report = preflight(workspace, parse(tree_of(write(tmp_path / "moe", "qwen3_moe"), chat_rows, targets=["gate_proj"])))
+    mixture = write(tmp_path / "moe", "qwen3_moe")
+    told = [problem.sentence for problem in preflight(workspace, parse(tree_of(mixture, chat_rows))).problems if problem.level == "note"]
+    assert any("is a mixture of experts: the adapter goes on k_proj, o_proj, q_proj, v_proj," in sentence for sentence in told)
+    report = preflight(workspace, parse(tree_of(mixture, chat_rows, targets=["gate_proj"])))
     assert not report.can_start and any("No layer of" in problem.sentence for problem in report.problems)
     with pytest.raises(BaseModelError, match=r"PEFT puts no adapter on out_proj of .*Mamba"):
         train(run_of(workspace, tree_of(write(tmp_path / "mamba", "mamba"), chat_rows, targets=["out_proj"])))
