@@ -151,7 +151,8 @@ def test_a_search_goes_on_without_the_page_and_its_weights_go_onto_the_sliders(s
     unfold(page.locator("#search-box > button").first)
     page.locator("#search-start").click()
     expect(page.locator("#search-sentences .error")).to_contain_text("Give both")
-    box(page, "search-pairs").fill("What color is the fox? => THE FOX IS RED.\nWhich pet has Nils? => NILS HAS A HEN.")
+    pairs = ["What color is the fox? => THE FOX IS RED.", "Which pet has Nils? => NILS HAS A HEN."]
+    box(page, "search-pairs").fill("\n".join(pairs * 100))  # so many that it is not at its end before the page is there again
     box(page, "search-tries").fill("400")
     page.keyboard.press("Tab")
     page.locator("#search-start").click()
