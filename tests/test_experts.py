@@ -74,6 +74,22 @@ def test_experts_baked_are_those_that_peft_merges(base, tmp_path, settings):
     assert checkpoints.loss(plan).overall < 1e-5
 
 
+@pytest.mark.parametrize("settings", [{}, {"r": 3, "lora_alpha": 5, "use_rslora": True}])
+def test_targets_by_the_names_of_an_older_transformers_which_peft_takes_for_experts(tmp_path, settings):
+    """PEFT then writes parameters without a module before them, and a pattern with the rank of gate and up together."""
+    for kind, names in (("mixtral", ["w1", "w2", "w3"]), ("qwen3_moe", ["gate_proj", "up_proj", "down_proj"])):
+        torch.manual_seed(3)
+        base = tmp_path / kind
+        AutoModelForCausalLM.from_config(CONFIGS[kind](), dtype=torch.float32).save_pretrained(base)
+        folder = trained(base, tmp_path / f"{kind} adapter", parameters=None, target_modules=["q_proj", *names], **settings)
+        assert set(json.loads((folder / "adapter_config.json").read_text())["target_parameters"]) == {"gate_up_proj", "down_proj"}
+        adapter = adapters.read(folder)
+        assert {name.rsplit(".", 2)[1] for name in adapter.modules if "experts" in name} == {"gate_up_proj", "down_proj"}
+        checkpoints.apply(checkpoints.plan(base, [(adapter, 1.0)]), tmp_path / f"{kind} baked")
+        got = logits(AutoModelForCausalLM.from_pretrained(tmp_path / f"{kind} baked"))
+        assert torch.allclose(got, logits(merged(base, folder)), atol=1e-5) and not torch.allclose(got, logits(AutoModelForCausalLM.from_pretrained(base)), atol=1e-4)
+
+
 def test_one_parameter_alone_is_read_by_its_name(base, tmp_path):
     for parameter in BOTH:
         folder = trained(base, tmp_path / parameter, parameters=[parameter])

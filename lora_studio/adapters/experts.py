@@ -60,7 +60,8 @@ def sort(factors: dict[str, dict[str, str]], config: PeftConfig, shapes: dict[st
             modules[own].append(name)
     stacks = {}
     for module, names in modules.items():
-        wanted = [text.rpartition(".")[2] for text in config.target_parameters if f".{module}".endswith("." + text.rpartition(".")[0])]
+        named = [text.rpartition(".") for text in config.target_parameters]
+        wanted = [parameter for start, _, parameter in named if not start or f".{module}".endswith(f".{start}")]
         parameters = [parameter for parameter in PARTS if parameter in wanted]
         names.sort(key=len, reverse=True)
         if len(parameters) != len(names) or len(set(wanted)) != len(names):
