@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers.pytorch_utils import Conv1D
 
 from lora_studio import bases, rows
@@ -76,8 +77,9 @@ class TextTask:
         found = self.info.targets(wanted)
         if wanted != "auto":
             return found or list(wanted)
-        known = linears_of(model)  # a checkpoint may have matrices that are no layer of the model
-        return [name for name in found if name in known] or known
+        # A checkpoint may have matrices that are no layer of the model. A layer that has an adapter already is one of PEFT's.
+        there = {name.rsplit(".", 1)[-1] for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear | Conv1D | BaseTunerLayer)}
+        return [name for name in found if name in there] or linears_of(model)
 
     def prepare(self, model: torch.nn.Module) -> str:
         """Choose between the fast path and the plain one, by trying the fast one on this very model. Returns it in words."""
