@@ -4,15 +4,17 @@ of learnt parameters is the one told before Start, PEFT gives the trained model'
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_studio import adapters, runs
 from lora_studio.errors import BaseModelError
 from lora_studio.inference.text import Manner, Shelf
 from lora_studio.preflight import preflight
-from lora_studio.spec import Base, parse
+from lora_studio.spec import Base, parse, sweep
 from lora_studio.training import fused, job, loop
 from tests import tiny
+from tests.training import test_many
 from tests.training.test_job import run_of, train
 
 COMMON = {
@@ -115,3 +117,16 @@ def test_experts_alone_and_what_mamba_reads_past_its_layer_are_told_before_start
     assert not report.can_start and any("No layer of" in problem.sentence for problem in report.problems)
     with pytest.raises(BaseModelError, match=r"PEFT puts no adapter on out_proj of .*Mamba"):
         train(run_of(workspace, tree_of(write(tmp_path / "mamba", "mamba"), chat_rows, targets=["out_proj"])))
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss", "gpt2"])
+def test_several_at_once_learn_what_each_learns_alone(workspace, chat_rows, tmp_path, kind):
+    """Packed, padded, and on weights that lie transposed; dropout would draw otherwise, so there is none."""
+    still = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0} if kind == "gpt2" else {}
+    tree = test_many.text_tree(write(tmp_path / kind, kind, **still), chat_rows)
+    whole = test_many.made(workspace, tree, [{"compute.seed": 0}, {"compute.seed": 1, "method.rank": 3}], keep="all")
+    test_many.train(whole)
+    for number, one in enumerate(sweep.variants(sweep.parse(runs.settings.read_tree(whole / "spec.yaml")))):
+        own = load_file(test_many.alone(workspace, one.spec) / "adapter" / adapters.WEIGHTS)
+        (found,) = [load_file(path) for path in sorted(whole.glob("adapters/*/adapter_model.safetensors"))[number : number + 1]]
+        assert own.keys() == found.keys() and all(torch.allclose(own[name], found[name], atol=1e-4) for name in own)
