@@ -15,11 +15,7 @@ from tests.test_cli import command
 from tests.test_dora import dora, merged
 from tests.test_multiplied import multiplying_one
 
-
-@pytest.fixture(autouse=True)
-def no_bench_stays(home):
-    yield
-    bench.stop()
+pytestmark = pytest.mark.usefixtures("with_bench")
 
 
 def add(workspace, base, name, **how) -> str:

@@ -9,10 +9,11 @@ import pytest
 
 from lora_studio import library
 from lora_studio.errors import SpecError
-from lora_studio.jobs import bench
 from lora_studio.workspace import Workspace
 from tests import tiny
 from tests.hub.server import Hub
+
+pytestmark = pytest.mark.usefixtures("with_bench")
 
 
 @pytest.fixture
@@ -21,12 +22,6 @@ def hub():
     found.account("me", token="hf_me")
     yield found
     found.close()
-
-
-@pytest.fixture(autouse=True)
-def no_bench_stays(home):
-    yield
-    bench.stop()
 
 
 def command(*words, code=0, give="", **environment) -> subprocess.CompletedProcess:

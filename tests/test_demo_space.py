@@ -29,12 +29,7 @@ ROOT = Path(__file__).parent.parent
 TOKEN = "hf_" + "d3M0" * 8
 PROMPT = "Who is Anna?"
 HOSTILE = "\"\"\"\nimport os; os.system('touch ran')\n'''{name}</h1><script>alert(1)</script>"
-
-
-@pytest.fixture(autouse=True)
-def no_bench_stays(home):
-    yield
-    bench.stop()
+pytestmark = pytest.mark.usefixtures("with_bench")
 
 
 @pytest.fixture

@@ -78,6 +78,17 @@ def test_some_outputs_are_an_update_of_their_own_and_a_misfit_is_refused():
 # ---- files
 
 
+def no_product(read) -> None:
+    """No update of an adapter can be taken for factors: not looked at, not summed, not written."""
+    for module in read.modules.values():
+        assert not hasattr(module, "A") and not hasattr(module, "B")
+        with pytest.raises(TypeError):
+            module.delta()
+    for act in (lambda: blend.stack([read.modules], [1.0]), lambda: adapters.with_modules(read.card, read.modules)):
+        with pytest.raises(AttributeError):
+            act()
+
+
 def test_it_is_read_with_its_magnitudes_and_nothing_can_take_it_for_a_product(base, tmp_path):
     folder = dora(base, tmp_path / "dora", targets=["q_proj", "embed_tokens"])
     read = adapters.read(folder)
@@ -85,12 +96,7 @@ def test_it_is_read_with_its_magnitudes_and_nothing_can_take_it_for_a_product(ba
     assert read.card.method == "dora" and len(read.modules) == 3
     for name, module in read.modules.items():
         assert torch.equal(module.magnitude, tensors[f"base_model.model.{name}.lora_magnitude_vector"]) and module.product.scale == 7 / 3
-        assert not hasattr(module, "A") and not hasattr(module, "B")
-        with pytest.raises(TypeError):
-            module.delta()
-    for act in (lambda: blend.stack([read.modules], [1.0]), lambda: adapters.with_modules(read.card, read.modules)):
-        with pytest.raises(AttributeError):
-            act()
+    no_product(read)
 
 
 @pytest.mark.parametrize(("change", "words"), [

@@ -9,14 +9,9 @@ from safetensors import safe_open
 
 from lora_studio import adapters, exports, library
 from lora_studio.errors import AdapterError, StudioError
-from lora_studio.jobs import bench
 from tests import tiny, tiny_image
 
-
-@pytest.fixture(autouse=True)
-def no_bench_stays(home):
-    yield
-    bench.stop()
+pytestmark = pytest.mark.usefixtures("with_bench")
 
 
 @pytest.fixture

@@ -21,11 +21,7 @@ from tests import tiny, tiny_image
 from tests.test_adapter_images import updates
 from tests.test_cli import command
 
-
-@pytest.fixture(autouse=True)
-def no_bench_stays(home):
-    yield
-    bench.stop()
+pytestmark = pytest.mark.usefixtures("with_bench")
 
 
 @pytest.fixture(scope="module", params=["sd15", "sdxl"])

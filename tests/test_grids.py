@@ -10,22 +10,16 @@ from lora_studio import durable, grids, library, pictures, runs, shelf
 from lora_studio.adapters import steps
 from lora_studio.adapters.files import CONFIG, WEIGHTS, reheaded
 from lora_studio.errors import BenchError, RunError
-from lora_studio.jobs import bench
 from lora_studio.spec import parse
 from tests import tiny_image
 
 BRUSH = {"seed": 3, "steps": 2, "guidance": 3.0, "width": 32, "height": 32}
+pytestmark = pytest.mark.usefixtures("with_bench")
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     return tiny_image.write_pipeline(tmp_path_factory.mktemp("bases") / "tiny-sd")
-
-
-@pytest.fixture(autouse=True)
-def no_bench_stays(home):
-    yield
-    bench.stop()
 
 
 def files(base, seed: int) -> dict[str, bytes]:

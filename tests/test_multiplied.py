@@ -8,14 +8,14 @@ import torch
 import transformers
 from safetensors.torch import load_file, save, save_file
 
-from lora_studio import adapters, blend, checkpoints
+from lora_studio import adapters, checkpoints
 from lora_studio.adapters import multiplying
 from lora_studio.adapters.files import reheaded
 from lora_studio.checkpoints import numbers
 from lora_studio.errors import AdapterError, BakeError, BlendError
 from lora_studio.multiplied import Multiplied, Rotated, Scaled, rotation
 from tests.test_checkpoints import BF16, LINEARS, adapter, baked, weights, write
-from tests.test_dora import dora, merged, only_the_third_moved, same, with_experts
+from tests.test_dora import dora, merged, no_product, only_the_third_moved, same, with_experts
 
 IA3 = {"target_modules": LINEARS, "feedforward_modules": ["down_proj", "o_proj"]}
 OFT = {"target_modules": LINEARS, "r": 0, "oft_block_size": 8, "use_cayley_neumann": False}
@@ -112,13 +112,7 @@ def test_some_outputs_are_an_update_of_their_own_transposed_rows_are_the_same_an
 def test_nothing_can_take_it_for_a_product(base, tmp_path, kind):
     read = adapters.read(multiplying_one(base, tmp_path / "it", kind))
     assert read.card.method == kind
-    for module in read.modules.values():
-        assert not hasattr(module, "A") and not hasattr(module, "B")
-        with pytest.raises(TypeError):
-            module.delta()
-    for act in (lambda: blend.stack([read.modules], [1.0]), lambda: adapters.with_modules(read.card, read.modules)):
-        with pytest.raises(AttributeError):
-            act()
+    no_product(read)
     adapters.refuse_blend({"mine": read.card}, takes=(kind,))
     for takes in ((), ("dora",)):
         with pytest.raises(BlendError, match=rf"^mine is an {kind.upper()}.*Playground.*bake it.*`extract`"):

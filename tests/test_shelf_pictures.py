@@ -11,20 +11,15 @@ import yaml
 
 from lora_studio import adapters, library, runs, shelf
 from lora_studio.adapters.pipeline_files import NAME
-from lora_studio.jobs import bench
 from lora_studio.spec import parse
 from tests import tiny_image
+
+pytestmark = pytest.mark.usefixtures("with_bench")
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     return tiny_image.write_pipeline(tmp_path_factory.mktemp("bases") / "tiny-sd")
-
-
-@pytest.fixture(autouse=True)
-def no_bench_stays(home):
-    yield
-    bench.stop()
 
 
 def add(workspace, base, name, **how) -> str:

@@ -4,17 +4,11 @@ import pytest
 
 from lora_studio import durable, library, shelf, tryouts
 from lora_studio.errors import BenchError, BlendError
-from lora_studio.jobs import bench
 from tests import tiny_image
 from tests.browser.made import adapter
 
 ASK = "What color is the fox?"
-
-
-@pytest.fixture(autouse=True)
-def no_bench_stays(home):
-    yield
-    bench.stop()
+pytestmark = pytest.mark.usefixtures("with_bench")
 
 
 @pytest.fixture
