@@ -9,7 +9,7 @@ from lora_studio.errors import AdapterError, StudioError
 from lora_studio.ui import theme
 from lora_studio.ui.bake import Bake
 from lora_studio.ui.curve import ErrorCurve
-from lora_studio.ui.events import LIVE, QUIET
+from lora_studio.ui.events import LIVE, QUIET, busy, when
 from lora_studio.ui.export import Export
 from lora_studio.ui.figures import (
     FIGURES,
@@ -96,7 +96,7 @@ class Blend(Seated):
 
     def _wire(self) -> None:
         changes = [slider.input for slider in self.mix.sliders]
-        gr.on([*changes, self.mix.turn.change, self.rank.change], self.look, [self.rank, *self.mix.inputs], self.seen, **LIVE)
+        when([*changes, self.mix.turn.change, self.rank.change], self.look, [self.rank, *self.mix.inputs], self.seen, **LIVE)
         # Its `change` and not its `input`: Gradio tells no `input` of pasted text, and the buttons set it too.
         self.exact.click(lambda: "", None, self.rank, **QUIET)
         for number, button in enumerate(self.ranks):
@@ -111,7 +111,7 @@ class Blend(Seated):
         self.export.connect(self.saved)
         self.save.click(
             self.keep, [self.name, self.rank, *self.mix.inputs], [self.kept, self.saved, self.to_library, self.to_publish, self.mix.pick],
-            show_progress="minimal", show_progress_on=self.kept, api_visibility="private", concurrency_limit=None,
+            concurrency_limit=None, **busy(self.kept),
         )  # fmt: skip
 
     def connect(self, tabs, playground, library_page, publish) -> None:

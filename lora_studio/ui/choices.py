@@ -4,7 +4,7 @@ import gradio as gr
 
 from lora_studio import options
 from lora_studio.ui import forms
-from lora_studio.ui.events import LIVE, QUIET
+from lora_studio.ui.events import LIVE, QUIET, Gathered, when
 
 CROSS = "✗ "  # options of a list cannot be switched off in Gradio; theme.CSS greys those that begin with it
 
@@ -29,13 +29,14 @@ class Choices:
         """Let the parts follow each other. A list that is an output tells of a change even where it is left as it is, if it does not show what
         it was built with; so what looks has no list among its outputs, and lists are drawn only when the reasons are others."""
         fields, form = self.fields, self.page.form
-        asked = {*fields.values(), form["base.id"], form["base.revision"], self.known}
+        gathered = Gathered({*fields.values(), form["base.id"], form["base.revision"]})
         # After the page has looked, and not at a change itself: several events at the changes of one list make each other happen without end.
-        self.page.looked.then(self.look, asked, [self.known, self.reasons], **LIVE)
-        self.reasons.change(self.draw, {*fields.values(), self.reasons, self.drawn}, [*fields.values(), self.drawn], **QUIET)
+        gathered.when(self.page.looked, gathered.reads(self.look, self.known), [self.known, self.reasons], more=[self.known], **LIVE)
+        seen = [self.reasons, self.drawn]
+        gathered.when(self.reasons.change, gathered.reads(self.draw, *seen), [*fields.values(), self.drawn], more=seen, **QUIET)
         for path, part in fields.items():
             if forms.leaf(path).choices:
-                part.input(lambda chosen, known, path=path: self.take(path, chosen, known), [part, self.known], part, **QUIET)
+                when(part.input, lambda chosen, known, path=path: self.take(path, chosen, known), [part, self.known], part, **QUIET)
 
     def look(self, given: dict) -> list:
         """What cannot be chosen now."""

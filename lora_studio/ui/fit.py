@@ -5,6 +5,7 @@ import gradio as gr
 from lora_studio import studio
 from lora_studio.numbers import megabytes
 from lora_studio.ui import forms, theme
+from lora_studio.ui.events import QUIET
 
 # The settings that memory may be saved with; each has its widget in the form.
 PATHS = (
@@ -45,7 +46,7 @@ class Fit:
 
     def connect(self, form: forms.Form) -> None:
         """Let the button put the values into the form."""
-        self.button.click(lambda values: self.put(form, values), self.values, [form[path] for path in PATHS], show_progress="hidden", api_visibility="private")
+        self.button.click(lambda values: self.put(form, values), self.values, [form[path] for path in PATHS], **QUIET)
 
     def put(self, form: forms.Form, values: dict) -> list:
         """Updates of the settings that save memory; the others stay."""

@@ -10,7 +10,7 @@ import gradio as gr
 from lora_studio import grids
 from lora_studio.errors import StudioError
 from lora_studio.ui import theme
-from lora_studio.ui.events import LIVE, QUIET
+from lora_studio.ui.events import LIVE, QUIET, when
 from lora_studio.ui.mix import whole
 from lora_studio.ui.seat import Seated
 from lora_studio.workspace import Workspace
@@ -61,7 +61,7 @@ class Grid(Seated):
     def connect(self, page) -> None:
         """Let the parts act, with the Playground's mix, base, prompt and brush."""
         mix, inputs = page.mix, {self.rows, self.strengths, self.prompts, page.prompt, page.base, *page.mix.inputs, *page.brushes.values()}
-        mix.turn.change(self.follow, [self.rows, *mix.inputs], self.rows, **LIVE)
+        when(mix.turn.change, self.follow, [self.rows, *mix.inputs], self.rows, **LIVE)
 
         def begin(given: dict) -> Iterator[dict]:
             yield from self.draw(page, given)

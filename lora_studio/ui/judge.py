@@ -9,7 +9,7 @@ from lora_studio import judging, shelf
 from lora_studio.errors import BlendError, StudioError
 from lora_studio.ui import theme
 from lora_studio.ui.conflict_map import ConflictMap
-from lora_studio.ui.events import LIVE, QUIET
+from lora_studio.ui.events import LIVE, QUIET, when
 from lora_studio.ui.mix import Mix
 from lora_studio.ui.seat import Seated
 from lora_studio.workspace import Workspace
@@ -36,7 +36,7 @@ class Judge(Seated):
         """Let the parts act on the mix of the page; a block of the map leads to its weights."""
         self.mix = mix
         self.start.click(self.judge, mix.inputs, [self.told, self.map, self.judged], **LIVE)
-        gr.on([mix.turn.change, *(slider.input for slider in mix.sliders)], self.age, [self.judged, *mix.inputs], self.told, **LIVE)
+        when([mix.turn.change, *(slider.input for slider in mix.sliders)], self.age, [self.judged, *mix.inputs], self.told, **LIVE)
 
         def lead(event: gr.EventData, which, *given):
             return layers.open(str(event.block), event.adapter or which, *given)

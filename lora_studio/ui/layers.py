@@ -9,7 +9,7 @@ import gradio as gr
 from lora_studio import library, shelf, weights
 from lora_studio.errors import BlendError, StudioError
 from lora_studio.ui import theme
-from lora_studio.ui.events import LIVE, QUIET
+from lora_studio.ui.events import LIVE, QUIET, when
 from lora_studio.ui.mix import LEAST, MOST, Mix
 from lora_studio.ui.seat import Seated
 from lora_studio.workspace import Workspace
@@ -104,7 +104,7 @@ class Layers(Seated):
         self.mix = mix
         given, own = [self.which, *mix.inputs], [self.which, self.grid, self.lines, self.told, self.shown]
         changed = [mix.by, mix.turn, *mix.sliders, self.grid, self.lines, self.told, self.shown]
-        gr.on(
+        when(
             [mix.turn.change, self.which.input, *(slider.input for slider in mix.sliders)], self.follow, [self.shown, *given], own, **LIVE
         )
         # One after another and none left out: with `always_last` Gradio would ask again with the data of the first.

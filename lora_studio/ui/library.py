@@ -7,7 +7,7 @@ import gradio as gr
 from lora_studio import library, shelf
 from lora_studio.errors import StudioError
 from lora_studio.ui import theme, tree
-from lora_studio.ui.events import QUIET, TYPED, Newest
+from lora_studio.ui.events import QUIET, TYPED, Newest, busy
 from lora_studio.ui.export import Export
 from lora_studio.ui.numbers import Numbers
 from lora_studio.ui.seat import Seated, token_of
@@ -161,14 +161,14 @@ class Library(Seated):
         fields = [self.chosen, self.name, self.tags, self.trigger, self.notes]
         self.save.click(self.write, fields, self.detail, **QUIET).then(**again)
         self.star.click(self.mark, self.chosen, self.detail, **QUIET).then(**again)
-        self.verify.click(self.check, self.chosen, self.detail, show_progress="minimal", show_progress_on=self.card_told, api_visibility="private").then(**again)
+        self.verify.click(self.check, self.chosen, self.detail, **busy(self.card_told)).then(**again)
         self.remove.click(self.take_off, self.chosen, [self.gone, self.undo_box, self.undo_told, *self.detail], **QUIET).then(**again)
         self.undo.click(self.bring_back, self.gone, [self.undo_box, *self.detail], **QUIET).then(**again)
         self.back.click(self.bring_back, self.removed, [self.undo_box, *self.detail], **QUIET).then(**again)
         given = {self.source, self.revision, self.files, self.new_name, self.new_base, pages["publish"].token}
         self.token = pages["publish"].token
         done = [self.take_told, self.source, self.files, self.new_name, *self.detail]
-        taken = self.take.click(self.add, given, done, show_progress="minimal", show_progress_on=self.take_told, api_visibility="private", concurrency_limit=2)
+        taken = self.take.click(self.add, given, done, concurrency_limit=2, **busy(self.take_told))
         taken.then(**again)
         self._jumps(tabs, pages)
 

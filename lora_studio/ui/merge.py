@@ -5,7 +5,7 @@ import gradio as gr
 from lora_studio import merges
 from lora_studio.errors import AdapterError, BlendError, StudioError
 from lora_studio.ui import theme
-from lora_studio.ui.events import QUIET
+from lora_studio.ui.events import busy
 from lora_studio.ui.seat import Seated
 from lora_studio.workspace import Workspace
 
@@ -44,7 +44,7 @@ class Merge(Seated):
         def begin(name, how, rank, density, seed, *given):
             return self.merge(mix, name, how, {"rank": (rank, int), **typed(density, seed)}, *given)
 
-        self.start.click(begin, [self.name, self.how, self.rank, self.density, self.seed, *mix.inputs], self.told, show_progress_on=self.told, concurrency_limit=None, **{**QUIET, "show_progress": "minimal"})
+        self.start.click(begin, [self.name, self.how, self.rank, self.density, self.seed, *mix.inputs], self.told, concurrency_limit=None, **busy(self.told))
 
     def merge(self, mix, name: str, how: str, typed: dict, *given) -> list[dict]:
         """Merge, and say what came of it. Nothing is lost when it cannot be."""

@@ -9,7 +9,7 @@ from lora_studio import albums, studio
 from lora_studio.errors import DataError, SpecError, StudioError
 from lora_studio.ui import counts, gallery, theme
 from lora_studio.ui.album_words import pictures, scope, told_of, undoing
-from lora_studio.ui.events import LIVE, QUIET, TYPED, Newest
+from lora_studio.ui.events import LIVE, QUIET, TYPED, Newest, busy
 from lora_studio.ui.seat import Seated
 from lora_studio.ui.train import sources_of
 from lora_studio.workspace import Workspace
@@ -124,7 +124,7 @@ class Pictures(Seated):
         """Let the parts act. `train` is the Train page, `open_run` is (function that gives the updates showing a run, its outputs)."""
         show, outputs = open_run
         asked = [self.album, self.chosen, self.model, self.which, self.prompt]
-        self.caption.click(self.write_captions, asked, [self.told, self.started], show_progress="minimal", show_progress_on=self.told, api_visibility="private").then(show, self.started, outputs, **QUIET)
+        self.caption.click(self.write_captions, asked, [self.told, self.started], **busy(self.told)).then(show, self.started, outputs, **QUIET)
         self._connect_ways_in()
         newest = Newest()
         look = {"fn": newest(self.look, self.shown), "inputs": self.asked, "outputs": self.shown, **TYPED}
@@ -132,13 +132,13 @@ class Pictures(Seated):
         gr.on([self.search.change, self.filter.input], searched, self.asked, self.shown, **LIVE)
         self._connect_gallery(look)
         self._connect_edits(look)
-        train.captions.click(lambda rows: self.edit_source(train, rows), train.form["data"], [tabs, *self.opened, train.form["data"], train.data], show_progress="minimal", api_visibility="private")
+        train.captions.click(lambda rows: self.edit_source(train, rows), train.form["data"], [tabs, *self.opened, train.form["data"], train.data], **busy(train.captions))
         self.train.click(lambda album, *form: [gr.Tabs(selected="train"), *train.bring(self.path(album), *form)], [self.album, *train.bringing], [tabs, *train.brought], **QUIET)
 
     def _connect_ways_in(self) -> None:
-        busy = {"show_progress": "full", "show_progress_on": self.told, "api_visibility": "private", "concurrency_limit": 2}
-        taken = self.drop.upload(self.take, [self.drop, self.album, self.new_name], [self.drop, *self.opened], **busy)
-        copied = self.copy.click(self.make_copy, [self.source, self.new_name], self.opened, **busy)
+        waited = {**busy(self.told, "full"), "concurrency_limit": 2}
+        taken = self.drop.upload(self.take, [self.drop, self.album, self.new_name], [self.drop, *self.opened], **waited)
+        copied = self.copy.click(self.make_copy, [self.source, self.new_name], self.opened, **waited)
         gone = self.discard.click(self.throw_away, self.album, self.opened, **QUIET)
         back = self.restore.click(self.fetch_back, self.gone, self.opened, **QUIET)
         for event in (taken, copied, gone, back):
@@ -169,7 +169,7 @@ class Pictures(Seated):
         gr.on([self.resolution.submit, self.resolution.blur], self.recount, [self.album, self.resolution, self.counting], self.counted, **TYPED)
 
     def _then_count(self, event) -> None:
-        event.then(self.recount, [self.album, self.resolution, self.counting], self.counted, **{**TYPED, "show_progress": "minimal"}, show_progress_on=self.tiles)
+        event.then(self.recount, [self.album, self.resolution, self.counting], self.counted, **{**TYPED, **busy(self.tiles)})
 
     # ---- what is shown
 

@@ -8,7 +8,7 @@ import gradio as gr
 from lora_studio import families, library, shelf
 from lora_studio.errors import BenchError, StudioError
 from lora_studio.ui import answers, theme
-from lora_studio.ui.events import LIVE, QUIET
+from lora_studio.ui.events import LIVE, QUIET, when
 from lora_studio.ui.grid import Grid
 from lora_studio.ui.mix import Mix, Parts, tab_of, whole
 from lora_studio.ui.seat import Seated
@@ -110,7 +110,7 @@ class Playground(Seated):
 
     def _wire(self) -> None:
         self.base.change(self.suit, self.base, [self.words, self.brush, self.grid.box, self.width, self.height, self.guidance, self.source], **LIVE)
-        self.mix.turn.change(self.follow, [self.base, self.sides, *self.mix.inputs], [self.base, self.sides], **LIVE)
+        when(self.mix.turn.change, self.follow, [self.base, self.sides, *self.mix.inputs], [self.base, self.sides], **LIVE)
         gr.on([self.send.click, self.prompt.submit], self.speak, self.inputs, self.spoken, trigger_mode="once", concurrency_limit=None, **QUIET)
         self.stop.click(self.stops.add, self.token, None, queue=False, **QUIET)
         self.grid.connect(self)

@@ -6,7 +6,7 @@ from lora_studio import settings, studio
 from lora_studio.advice import PATHS, Recommendation
 from lora_studio.errors import StudioError
 from lora_studio.ui import forms, theme
-from lora_studio.ui.events import QUIET
+from lora_studio.ui.events import QUIET, Gathered, busy, when
 
 REASONS = """{{#if value.rows}}<div class="reasons"><p>{{value.preset}}</p><dl>{{#each value.rows}}<dt><code>{{path}}</code> <b>{{shown}}</b></dt><dd>{{reason}}</dd>{{/each}}</dl></div>{{/if}}"""
 CSS = """
@@ -44,10 +44,11 @@ class Recommend:
     def connect(self) -> None:
         """Let the buttons act."""
         outputs = [*self.fields, self.undo, self.why, self.reasons, self.notes, self.before]
-        self.button.click(self.fill, self.page.inputs | {self.page.plus, self.before}, outputs, show_progress="minimal", show_progress_on=self.button, api_visibility="private")
+        gathered = Gathered(self.page.inputs | {self.page.plus})
+        gathered.when(self.button.click, gathered.reads(self.fill, self.before), outputs, more=[self.before], **busy(self.button))
         self.undo.click(self.take_back, self.before, outputs, **QUIET)
         # A preset fills in settings of its own: what was there before is gone with it.
-        self.page.preset.input(lambda: [gr.update(visible=False), gr.update(visible=False), {}, [], {}], None, outputs[len(self.fields) :], **QUIET)
+        when(self.page.preset.input, lambda: [gr.update(visible=False), gr.update(visible=False), {}, [], {}], None, outputs[len(self.fields) :], **QUIET)
 
     def fill(self, given: dict) -> list:
         """Updates that put the recommended settings in; the old ones are kept for `take_back`. A base that cannot be read is a sentence."""

@@ -100,7 +100,7 @@ class Runs(Seated):
         self.timer.tick(self.tick, [self.chosen, self.asking, self.seen], [self.seen, *self.shown], queue=False, **QUIET)
         self.stop.click(self.ask, self.chosen, [self.asking, self.box, self.question], **QUIET)
         for button, save in ((self.save, True), (self.discard, False)):
-            button.click(self.end_saving if save else self.end_discarding, self.chosen, [self.asking, self.box], api_visibility="private", show_progress="hidden")
+            button.click(self.end_saving if save else self.end_discarding, self.chosen, [self.asking, self.box], **QUIET)
         self.go_on.click(self.keep_going, self.chosen, [self.asking, self.box], **QUIET)
         self.save_now.click(lambda id: self.request(studio.save_now, id), self.chosen, None, **QUIET)
         self.sample_now.click(lambda id: self.request(studio.sample_now, id), self.chosen, None, **QUIET)

@@ -6,7 +6,7 @@ from lora_studio import settings, sweeps
 from lora_studio.errors import SpecError, StudioError
 from lora_studio.spec.sweep import FREE, ONLY_ALONE, SweepSpec
 from lora_studio.ui import fit, forms, theme
-from lora_studio.ui.events import LIVE, QUIET, Newest
+from lora_studio.ui.events import LIVE, QUIET, Gathered, Newest, busy
 
 ROWS = 4
 FIRST = ("optim.lr", "method.rank")
@@ -84,14 +84,15 @@ class Sweep:
     def connect(self, open_run) -> None:
         """Let the parts act. `open_run` is (function that gives the updates showing a run, its outputs)."""
         changes = [component.change for component in (*self.paths, *self.values, self.folds, self.together, self.keep)]
-        look = {"fn": Newest()(self.look, self.shown), "inputs": self.inputs, "outputs": self.shown, **LIVE}
-        gr.on(changes, **look)
-        self.page.looked.then(**look)  # as choices.py does, and for its reason
+        gathered = Gathered(self.inputs)
+        look = {"fn": Newest()(gathered.reads(self.look), self.shown), "outputs": self.shown, **LIVE}
+        gathered.when(changes, **look)
+        gathered.when(self.page.looked, **look)  # as choices.py does, and for its reason
         for path, values in zip(self.paths, self.values, strict=True):
             path.input(lambda chosen: gr.update(placeholder=EXAMPLES.get(chosen, "")), path, values, **QUIET)
         self.more.click(self.add_row, self.shown_rows, [self.shown_rows, self.more, *self.rows], **QUIET)
         show, outputs = open_run
-        begin = self.start.click(self.begin, self.inputs, [*self.shown, self.started], show_progress="minimal", show_progress_on=self.problems, api_visibility="private", concurrency_limit=2)
+        begin = gathered.when(self.start.click, gathered.reads(self.begin), [*self.shown, self.started], concurrency_limit=2, **busy(self.problems))
         begin.then(show, self.started, outputs, **QUIET)
 
     def add_row(self, shown: int) -> list:

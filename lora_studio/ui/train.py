@@ -10,7 +10,7 @@ from lora_studio.errors import SpecError, StudioError
 from lora_studio.spec import TrainSpec, methods
 from lora_studio.ui import forms, theme
 from lora_studio.ui.choices import Choices
-from lora_studio.ui.events import LIVE, QUIET, TYPED, Newest
+from lora_studio.ui.events import LIVE, QUIET, TYPED, Gathered, Newest, busy, when
 from lora_studio.ui.fit import Fit, outgrown
 from lora_studio.ui.recommend import Recommend
 from lora_studio.ui.seat import Seated
@@ -47,6 +47,7 @@ class Train(Seated):
             with gr.Column(scale=2, min_width=300):
                 self._right()
         self.inputs = set(self.form.values())
+        self.gathered = Gathered(self.inputs)
         self.started = gr.State(None)
 
     def _left(self) -> forms.Form:
@@ -94,10 +95,10 @@ class Train(Seated):
     def connect(self, open_run) -> None:
         """Let the parts act. `open_run` is (function that gives the updates showing a run, its outputs)."""
         newest = Newest()
-        look = {"fn": newest(self.look, self.shown), "inputs": self.inputs, "outputs": self.shown, **LIVE}
         changes = [component.change for path, component in self.form.items()]
-        self.looked = gr.on(changes, **look)
-        self.preset.input(self.fill, self.preset, [*self.form.values(), self.data, self.plus], **TYPED)
+        read = self.gathered.reads
+        self.looked = self.gathered.when(changes, newest(read(self.look), self.shown), self.shown, **LIVE)
+        when(self.preset.input, self.fill, self.preset, [*self.form.values(), self.data, self.plus], **TYPED)
         # Each follows what a person does to the other, never its changes: those would come back as echoes. Gradio tells no `input` of
         # rows that were typed and of text that was pasted; a key and leaving the field do.
         picked, sources = {self.data, self.form["data"]}, self.form["data"]
@@ -106,18 +107,18 @@ class Train(Seated):
         kind, base = self.form["task.kind"], self.form["base.id"]
         method = self.form["method.kind"]
         hidden = list(forms.adapt(self.form, "chat", "lora"))
-        gr.on([kind.change, method.change], lambda *given: forms.adapt(self.form, *given), [kind, method], hidden, **TYPED)
-        method.change(lambda given: gr.update(visible=given in methods.WITH_B), method, self.plus, **TYPED)
+        when([kind.change, method.change], lambda *given: forms.adapt(self.form, *given), [kind, method], hidden, **TYPED)
+        when(method.change, lambda given: gr.update(visible=given in methods.WITH_B), method, self.plus, **TYPED)
         # What a person chooses, never what a preset fills in: that brings settings of its own.
-        method.input(self.start_afresh, [method, self.choices.known], [part for path, part in self.form.items() if path.startswith("method.") and path not in ("method.kind", "method.targets")], **TYPED)
-        kind.change(lambda given: gr.update(visible=given == "image"), kind, self.captions, **TYPED)
-        base.change(self.suit, [base, kind], [kind, self.form["task.resolution"]], **TYPED)
-        self.upload.upload(self.keep, {self.upload, self.form["data"], *self.bringing}, self.brought, api_visibility="private")
+        when(method.input, self.start_afresh, [method, self.choices.known], [part for path, part in self.form.items() if path.startswith("method.") and path not in ("method.kind", "method.targets")], **TYPED)
+        when(kind.change, lambda given: gr.update(visible=given == "image"), kind, self.captions, **TYPED)
+        when(base.change, self.suit, [base, kind], [kind, self.form["task.resolution"]], **TYPED)
+        self.upload.upload(self.keep, {self.upload, self.form["data"], *self.bringing}, self.brought, **busy(self.upload))
         self.plus.input(self.switch, {self.plus, kind, self.form["optim.lr"], self.form["optim.lora_plus_ratio"]}, [self.form["optim.lr"], self.form["optim.lora_plus_ratio"]], **TYPED)
-        self.check.click(newest(self.look_deep, self.shown), self.inputs, self.shown, show_progress="minimal", show_progress_on=self.problems, api_visibility="private", concurrency_limit=2)
+        self.gathered.when(self.check.click, newest(read(self.look_deep), self.shown), self.shown, concurrency_limit=2, **busy(self.problems))
         self.fit.connect(self.form)
         show, outputs = open_run
-        begin = self.start.click(self.begin, self.inputs, [*self.shown, self.started], show_progress="minimal", show_progress_on=self.problems, api_visibility="private", concurrency_limit=2)
+        begin = self.gathered.when(self.start.click, read(self.begin), [*self.shown, self.started], concurrency_limit=2, **busy(self.problems))
         begin.then(show, self.started, outputs, **QUIET)
         self.sweep.connect(open_run)
         self.recommend.connect()

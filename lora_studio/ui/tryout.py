@@ -9,7 +9,7 @@ import gradio as gr
 from lora_studio import library, shelf, tryouts
 from lora_studio.errors import StudioError
 from lora_studio.ui import answers, theme
-from lora_studio.ui.events import LIVE, TYPED
+from lora_studio.ui.events import LIVE, TYPED, when
 from lora_studio.ui.figures import percent, rank_of
 from lora_studio.ui.mix import Mix, whole
 from lora_studio.ui.seat import Seated
@@ -60,10 +60,10 @@ class Tryout(Seated):
         own = [self.prompt.input, self.against.change, self.seed.change, self.longest.change, self.steps.change]
         given = {self.turn, self.live, *self.asking}
         # Not queued: it makes what is being answered void at once.
-        gr.on([*changes, *own], self.want, given, self.told, queue=False, **TYPED)
+        when([*changes, *own], self.want, given, self.told, queue=False, **TYPED)
         gr.on([self.start.click, self.prompt.submit], self.answer, given, [self.answers, self.told], **LIVE)
-        gr.on([*changes, self.against.change, self.live.change], self.follow, given, [self.answers, self.told], **LIVE)
-        mix.turn.change(self.suit, [self.against, *mix.inputs], [self.against, self.longest, self.steps], **LIVE)
+        when([*changes, self.against.change, self.live.change], self.follow, given, [self.answers, self.told], **LIVE)
+        when(mix.turn.change, self.suit, [self.against, *mix.inputs], [self.against, self.longest, self.steps], **LIVE)
 
     @property
     def asking(self) -> list:

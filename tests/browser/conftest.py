@@ -1,6 +1,7 @@
 """A server of its own for each file of tests, and Chromium; no page may ask anything of the outside."""
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -40,6 +41,23 @@ def unfold(label) -> None:
     gives them their first values once more a frame later (`render_previously_invisible_children`): whatever is typed before that is lost."""
     label.click()
     label.page.evaluate(AT_REST)
+
+
+def comes_to_rest(page, *, seconds: float = 3.0, within: float = 60.0) -> None:
+    """Wait until the page has asked its server nothing for some seconds. It has to come to rest by itself."""
+    asked = []
+
+    def note(request) -> None:
+        if request.method == "POST" and ("/queue/join" in request.url or "/run/predict" in request.url):
+            asked.append(json.loads(request.post_data)["fn_index"])
+
+    page.on("request", note)
+    before, until = -1, time.monotonic() + within
+    while len(asked) > before:
+        assert time.monotonic() < until, f"The page goes on asking: {len(asked)} times, the last of event {asked[-12:]}."
+        before = len(asked)
+        page.wait_for_timeout(seconds * 1000)
+    page.remove_listener("request", note)
 
 
 class Server:

@@ -9,7 +9,7 @@ from playwright.sync_api import expect
 from lora_studio import adapters, blend, library
 from lora_studio.workspace import Workspace
 from tests.browser import made
-from tests.browser.conftest import LAYOUTS, unfold
+from tests.browser.conftest import LAYOUTS, comes_to_rest, unfold
 from tests.browser.test_pages import HOSTILE
 
 pytestmark = pytest.mark.browser
@@ -66,6 +66,8 @@ def test_keys_move_the_preview_and_two_picks_make_a_matrix(shelf, open_page):
     print(f"\n50 keys and the preview after them: {time.monotonic() - began:.2f} s")
     after = sizes(page)
     assert float(after[0]) == pytest.approx(float(before[0]) / 2, rel=0.02) and after[1] == before[1] and after[2] != before[2]
+
+    comes_to_rest(page)
 
     # Taking one out and another in keeps the weights of those that stay.
     choose(page, "capitals")  # a second click takes it out

@@ -12,7 +12,7 @@ from lora_studio import durable, runs, workspace
 from lora_studio.pictures import samples
 from lora_studio.spec import parse
 from tests import tiny
-from tests.browser.conftest import LAYOUTS, unfold
+from tests.browser.conftest import LAYOUTS, comes_to_rest, unfold
 
 pytestmark = pytest.mark.browser
 HOSTILE = '<img src=x onerror="window.hacked=1"> **b** ${document.body.classList.add(location.protocol)} {{value}} `${1}` C:\\users\\x \\'
@@ -227,15 +227,25 @@ def test_a_long_run_is_drawn_cheaply_and_a_second_browser_sees_it_too(server, op
 
 def test_a_page_at_rest_asks_nothing(open_page):
     """A part of the form that is told of a change which was none would ask again, and again, for as long as the page is open."""
-    page, asked = open_page(), []
-    page.on("request", lambda request: asked.append(request.post_data) if request.method == "POST" and ("/queue/join" in request.url or "/run/predict" in request.url) else None)
+    page = open_page()
     expect(page.locator("#problems")).to_contain_text("Ready to start.")
-    until = time.monotonic() + 60
-    while True:
-        before = len(asked)
-        page.wait_for_timeout(3000)
-        if len(asked) == before:
-            break
-        assert time.monotonic() < until, [json.loads(text)["fn_index"] for text in asked[-12:]]
-    page.wait_for_timeout(4000)
-    assert len(asked) == before, [json.loads(text)["fn_index"] for text in asked[before:]]
+    comes_to_rest(page)
+    comes_to_rest(page)
+
+
+def test_a_page_comes_to_rest_after_quick_typing_and_quick_choices(open_page, field):
+    page = open_page()
+    expect(page.locator("#problems")).to_contain_text("Ready to start.")
+    field(page, "base.id").fill("someone/some-model")
+    page.keyboard.press("Tab")
+    field(page, "name").clear()
+    field(page, "name").press_sequentially("quickly typed", delay=5)
+    for kind in ("text", "chat"):
+        field(page, "task.kind").click()
+        page.get_by_role("option", name=kind, exact=True).click()
+    for path, text in (("method.rank", "12"), ("optim.lr", "0.000123")):
+        field(page, path).clear()
+        field(page, path).press_sequentially(text, delay=5)
+    comes_to_rest(page)
+    expect(page.locator("#command")).to_contain_text("quickly typed")
+    expect(page.locator("#command")).to_contain_text("0.000123")

@@ -1,12 +1,16 @@
-"""Answers on a page: the newest question's is shown, whichever is ready last."""
+"""Events of the pages: the newest question's answer is shown, whichever is ready last, and none makes others happen without end."""
 
+import collections
+import json
 import threading
 from types import SimpleNamespace
 
 import gradio as gr
 import pytest
 
+from lora_studio import ui
 from lora_studio.ui import events
+from lora_studio.workspace import Workspace
 
 OUTPUTS = ["one", "two"]
 SKIPPED = [gr.skip(), gr.skip()]
@@ -102,3 +106,54 @@ def test_gradio_gives_it_the_page_and_the_inputs(newest):
         values = ["a", "b"] if not fn.inputs_as_dict else [{block: block.value for block in fn.inputs}]
         given, *_ = special_args(fn.fn, values, page("a"))
         assert fn.fn(*given) == text
+
+
+# ---- all pages
+
+
+@pytest.fixture(scope="module")
+def wired(tmp_path_factory):
+    """What the browser is told of every event of the studio."""
+    pages = ui.build(Workspace(tmp_path_factory.mktemp("home")))
+    return [found for found in pages.get_config_file()["dependencies"] if found["backend_fn"]]
+
+
+def test_whatever_is_asked_again_later_has_its_trigger_to_itself(wired):
+    """Gradio 6 asks again by raising the trigger: with two that listen to one and are asked again, a quick key never came to rest."""
+    by_trigger = collections.defaultdict(list)
+    for found in wired:
+        for trigger in found["targets"]:
+            by_trigger[tuple(trigger)].append(found)
+    shared = [
+        (trigger, [found["id"] for found in several])
+        for trigger, several in by_trigger.items()
+        if trigger[1] != "then" and len(several) > 1 and any(found["trigger_mode"] == "always_last" for found in several)
+    ]
+    assert sum(found["trigger_mode"] == "always_last" for found in wired) > 50 and not shared
+
+
+def test_progress_that_nobody_sees_is_told_to_no_component(wired):
+    """And what is seen, to one: every component that was ever told is told again at every step of every event."""
+    assert not [found["id"] for found in wired if (found["show_progress"] == "hidden") != (found["show_progress_on"] == [])]
+    assert all(len(found["show_progress_on"]) <= 1 for found in wired)
+
+
+def test_no_event_has_a_whole_form_for_its_inputs(wired):
+    assert max(len(found["inputs"]) for found in wired) <= 26
+
+
+def test_gathered_values_are_those_that_gradio_would_give():
+    with gr.Blocks() as app:
+        name, kinds, memory = gr.Textbox("a"), gr.Dropdown(["x", "y"], multiselect=True), gr.State({"seen": 1})
+        press, shown = gr.Button(), gr.Textbox()
+        gathered = events.Gathered({kinds, name})
+        gathered.when(press.click, gathered.reads(lambda given: (given[name], given[kinds], given[memory]), memory), shown, more=[memory])
+        again = gathered.when(name.change, gathered.reads(lambda given: given[name]), shown)
+        gathered.when(again, gathered.reads(lambda given: given[name]), shown)
+    packs = [fn for fn in app.fns.values() if fn.fn is None]
+    assert all(fn.inputs == [name, kinds] and fn.outputs == [gathered.box] and "JSON" in fn.js for fn in packs) and len(packs) == 3
+    read = next(fn for fn in app.fns.values() if fn.fn is not None and memory in fn.inputs)
+    assert read.inputs == [gathered.box, memory] and read.targets == [(None, "then")]
+    assert read.fn(json.dumps(["b", ["y"]]), {"seen": 2}) == ("b", ["y"], {"seen": 2})
+    with pytest.raises(gr.Error):
+        read.fn(json.dumps(["b", ["z"]]), {})
