@@ -4,7 +4,7 @@ import gradio as gr
 
 from lora_studio import options
 from lora_studio.ui import forms
-from lora_studio.ui.events import LIVE, QUIET, Gathered, when
+from lora_studio.ui.events import LIVE, QUIET, TYPED, Gathered, when
 
 CROSS = "✗ "  # options of a list cannot be switched off in Gradio; theme.CSS greys those that begin with it
 
@@ -33,7 +33,7 @@ class Choices:
         # After the page has looked, and not at a change itself: several events at the changes of one list make each other happen without end.
         gathered.when(self.page.looked, gathered.reads(self.look, self.known), [self.known, self.reasons], more=[self.known], **LIVE)
         seen = [self.reasons, self.drawn]
-        gathered.when(self.reasons.change, gathered.reads(self.draw, *seen), [*fields.values(), self.drawn], more=seen, **QUIET)
+        gathered.when(self.reasons.change, gathered.reads(self.draw, *seen), [*fields.values(), self.drawn], more=seen, **TYPED)
         for path, part in fields.items():
             if forms.leaf(path).choices:
                 when(part.input, lambda chosen, known, path=path: self.take(path, chosen, known), [part, self.known], part, **QUIET)

@@ -7,7 +7,7 @@ import gradio as gr
 from lora_studio import numbers
 from lora_studio.errors import StudioError
 from lora_studio.ui import theme
-from lora_studio.ui.events import QUIET, when
+from lora_studio.ui.events import QUIET, TYPED, when
 from lora_studio.ui.seat import Seated
 from lora_studio.workspace import Workspace
 
@@ -33,7 +33,7 @@ class Numbers(Seated):
 
     def connect(self, chosen: gr.State) -> None:
         """Let the parts act on the adapter in a state."""
-        when(chosen.change, self.show, chosen, [self.rows, self.told], **QUIET)
+        when(chosen.change, self.show, chosen, [self.rows, self.told], **TYPED)
         self.start.click(self.measure, chosen, self.told, trigger_mode="once", concurrency_limit=1, **QUIET)
 
     def show(self, id: str | None) -> list:
