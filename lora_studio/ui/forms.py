@@ -36,6 +36,18 @@ LABELS = {
 Form = dict[str, gr.components.Component]
 
 
+class Slider(gr.Slider):
+    """A slider that hands on whatever was typed into its number box, or that nothing is left there: who takes it says by name what is wrong."""
+
+    def get_block_name(self) -> str:
+        """The component of the page that shows it."""
+        return "slider"
+
+    def preprocess(self, payload):
+        """The number as it came."""
+        return payload
+
+
 def leaf(path: str) -> Leaf:
     """The setting of that path."""
     return next(found for found in settings.leaves() if found.path == path)

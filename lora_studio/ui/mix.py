@@ -7,7 +7,7 @@ import gradio as gr
 
 from lora_studio import library
 from lora_studio.errors import AdapterError, BlendError
-from lora_studio.ui import theme
+from lora_studio.ui import forms, theme
 from lora_studio.ui.events import LIVE
 from lora_studio.ui.seat import Seated
 from lora_studio.weights import Weight as Weighed
@@ -19,18 +19,6 @@ NEWEST = 300
 BY_BLOCK = " · by block"  # of a slider whose adapter has further weights
 
 Parts = list[list]
-
-
-class Weight(gr.Slider):
-    """A slider that hands on whatever was typed into its number box: `Mix.parts` judges it in words."""
-
-    def get_block_name(self) -> str:
-        """The component of the page that shows it."""
-        return "slider"
-
-    def preprocess(self, payload):
-        """The weight as it came."""
-        return payload
 
 
 class Mix(Seated):
@@ -49,7 +37,7 @@ class Mix(Seated):
                 info="Pick some of the newest, or type a name or an id and press Enter.",
             )  # fmt: skip
             self.sliders = [
-                Weight(LEAST, MOST, value=1.0, step=STEP, label=f"Weight {number + 1}", visible=False, interactive=True, buttons=[], elem_id=f"{self.name}-weight-{number}")
+                forms.Slider(LEAST, MOST, value=1.0, step=STEP, label=f"Weight {number + 1}", visible=False, interactive=True, buttons=[], elem_id=f"{self.name}-weight-{number}")
                 for number in range(POOL)
             ]
             self.told = theme.sentences(elem_id=f"{self.name}-told", visible=False)

@@ -57,7 +57,7 @@ class Pictures(Seated):
             self.prompt = gr.Textbox("", label="Prompt", placeholder="the model's own way", max_lines=3, interactive=True, elem_id="caption-prompt")
             self.caption = gr.Button("Write captions", size="md", elem_id="write-captions")
         with gr.Accordion("Statistics", open=False, elem_id="statistics") as self.statistics:
-            self.resolution = gr.Number(512, label="Resolution of training", precision=0, minimum=32, maximum=4096, step=8, interactive=True)
+            self.resolution = gr.Number(512, label="Resolution of training", precision=0, step=8, interactive=True)
             self.tiles = theme.tiles(elem_id="album-tiles")
             self.warnings = theme.sentences(elem_id="album-warnings")
             self.bars = counts.bars(elem_id="album-bars")

@@ -7,7 +7,7 @@ import gradio as gr
 
 from lora_studio import families, library, shelf
 from lora_studio.errors import BenchError, StudioError
-from lora_studio.ui import answers, theme
+from lora_studio.ui import answers, forms, theme
 from lora_studio.ui.events import LIVE, QUIET, when
 from lora_studio.ui.grid import Grid
 from lora_studio.ui.mix import Mix, Parts, tab_of, whole
@@ -57,14 +57,14 @@ class Playground(Seated):
             with gr.Row():
                 self.seed = gr.Number(0, label="Seed", info="The same seed gives the same answer.", interactive=True, min_width=110)
                 self.longest = gr.Number(128, label="Longest answer", info="In tokens.", interactive=True, min_width=110)
-            self.temperature = gr.Slider(0, 2, value=0, step=0.05, label="Temperature", info="0 takes the likeliest word each time.", interactive=True)
-            self.top_p = gr.Slider(0.05, 1, value=1, step=0.05, label="Top p", info="Draw only from the likeliest words that together have this share.", interactive=True)
+            self.temperature = forms.Slider(0, 2, value=0, step=0.05, label="Temperature", info="0 takes the likeliest word each time.", interactive=True)
+            self.top_p = forms.Slider(0.05, 1, value=1, step=0.05, label="Top p", info="Draw only from the likeliest words that together have this share.", interactive=True)
             self.chatml = gr.Checkbox(False, label="Use the ChatML template", info="For bases that have no chat template of their own.", interactive=True)
         with gr.Accordion("How pictures are drawn", open=True, visible=False, elem_id="brush") as self.brush:
             with gr.Row():
                 self.picture_seed = gr.Number(0, label="Seed", info="The same seed gives the same picture.", interactive=True, min_width=110)
                 self.steps = gr.Number(20, label="Steps", info="More is finer and slower.", interactive=True, min_width=110)
-            self.guidance = gr.Slider(1, 15, value=5, step=0.5, label="Guidance", info="How closely the prompt is followed; 1 is not at all.", interactive=True)
+            self.guidance = forms.Slider(1, 15, value=5, step=0.5, label="Guidance", info="How closely the prompt is followed; 1 is not at all.", interactive=True)
             with gr.Row():
                 self.width = gr.Number(512, label="Width", info="In pixels, a multiple of 8.", interactive=True, min_width=110)
                 self.height = gr.Number(512, label="Height", info="In pixels, a multiple of 8.", interactive=True, min_width=110)

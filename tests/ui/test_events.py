@@ -112,9 +112,13 @@ def test_gradio_gives_it_the_page_and_the_inputs(newest):
 
 
 @pytest.fixture(scope="module")
-def wired(tmp_path_factory):
+def pages(tmp_path_factory):
+    return ui.build(Workspace(tmp_path_factory.mktemp("home")))
+
+
+@pytest.fixture(scope="module")
+def wired(pages):
     """What the browser is told of every event of the studio."""
-    pages = ui.build(Workspace(tmp_path_factory.mktemp("home")))
     return [found for found in pages.get_config_file()["dependencies"] if found["backend_fn"]]
 
 
@@ -157,3 +161,9 @@ def test_gathered_values_are_those_that_gradio_would_give():
     assert read.fn(json.dumps(["b", ["y"]]), {"seen": 2}) == ("b", ["y"], {"seen": 2})
     with pytest.raises(gr.Error):
         read.fn(json.dumps(["b", ["z"]]), {})
+
+
+def test_no_number_is_judged_by_gradio(pages):
+    """Its sentence would not say which number, and an empty box of a slider is a traceback."""
+    numbers = [block for block in pages.blocks.values() if isinstance(block, gr.Slider | gr.Number)]
+    assert len(numbers) > 20 and all(block.preprocess(wrong) == wrong for block in numbers for wrong in (-1_000_000, 1_000_000, None))

@@ -95,3 +95,10 @@ def test_a_page_whose_album_was_taken_away_meanwhile_says_so(page, album, worksp
         assert "There is no album mine" in value(page, updates, page.gallery)["none"]
     assert "There is no album" in page.take_back(album, [], "a")[0]["sentence"]
     assert "There is no album" in page.throw_away(album)[page.opened.index(page.told)][0]["sentence"]
+
+
+@pytest.mark.parametrize("resolution", [16, 1_000_000_000, 7.0])
+def test_a_resolution_that_is_none_is_a_sentence_that_names_it(page, album, resolution):
+    tiles, told, bars = page.recount(album, page.resolution.preprocess(resolution), True)
+    assert (tiles, bars) == ([], []) and "task.resolution" in told[0]["sentence"] and f"{int(resolution)}" in told[0]["sentence"].replace(",", "")
+    assert page.recount(album, None, True)[0] == page.recount(album, 512, True)[0]
