@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_studio import families, fence, single_files
+from lora_studio.adapters import experts
 from lora_studio.errors import BaseModelError, StudioError
 from lora_studio.home import demo_base
 from lora_studio.spec import Base, methods
@@ -19,6 +20,7 @@ LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.\d+\.")
 EXPERTS = ".experts."  # in the name of a weight
 # What a part of an expert is called: in a mixture PEFT takes layers of these names for its experts (utils/transformers_weight_conversion.py).
 OF_EXPERTS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
 # Where PEFT refuses two layers that their kernels read past the module (tuners/tuners_utils.py).
 MAMBA, READ_PAST = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"), ("out_proj", "conv1d")
 
@@ -27,7 +29,8 @@ MAMBA, READ_PAST = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"
 class BaseInfo:
     """What is known of a base before it is loaded. `folder` is None while a Hub model has not been fetched, and a file where the whole
     model is one. `keys` are the numbers of a token's key in one layer's attention, and of its value; `context` how many tokens it was made
-    to read at once; `pipeline` is the class of an image model's pipeline, "" for a language model; `note` says what is only a guess."""
+    to read at once; `experts` are the parameters that hold all of a layer's, as (name, experts, out, in),
+    and `per_token` is how many of them a token passes; `pipeline` is the class of an image model's pipeline, "" for a language model; `note` says what is only a guess."""
 
     id: str
     folder: Path | None
@@ -41,6 +44,8 @@ class BaseInfo:
     keys: int | None = None
     linears: tuple[tuple[str, int, int], ...] = ()
     is_mixture: bool = False
+    experts: tuple[tuple[str, int, int, int], ...] = ()
+    per_token: int = 1
     commit: str = ""
     pipeline: str = ""
     note: str = ""
@@ -49,6 +54,14 @@ class BaseInfo:
     def adaptable(self) -> list[tuple[str, int, int]]:
         """The linear layers that an adapter can go on. Experts are none: transformers keeps them in one stack, whatever a checkpoint does."""
         return [layer for layer in self.linears if EXPERTS not in layer[0]]
+
+    @property
+    def stacks(self) -> dict[str, int]:
+        """The numbers of all experts of a layer, by the layer."""
+        found: dict[str, int] = {}
+        for name, count, out, width in self.experts:
+            found[name.rpartition(".")[0]] = found.get(name.rpartition(".")[0], 0) + count * out * width
+        return found
 
     def targets(self, wanted) -> list[str]:
         """The ends of the names of the layers that `method.targets` means here, from the headers. Empty when unknown."""
@@ -66,7 +79,8 @@ class BaseInfo:
         if method.kind in methods.VIRTUAL:
             return methods.virtual_parameters(method, self.hidden or 0, self.layers or 0, self.keys or 0)
         fits = (shape for name, *shape in self.adaptable if any(name == end or name.endswith("." + end) for end in targets))
-        return sum(methods.parameters(method, rows, columns) for rows, columns in fits)
+        stacks = self.experts if getattr(method, "experts", False) else ()
+        return sum(methods.parameters(method, *shape) for shape in fits) + sum(count * methods.parameters(method, *shape) for _, count, *shape in stacks)
 
 
 def locate(base: Base) -> Path | None:
@@ -179,6 +193,8 @@ def inspect(base: Base) -> BaseInfo:
         keys=_keys(text),
         linears=linears,
         is_mixture=is_mixture,
+        experts=tuple(experts.in_headers(shapes, model=config.get("model_type", ""))) if is_mixture else (),
+        per_token=next((text[name] for name in PER_TOKEN if isinstance(text.get(name), int)), 1),
         commit=folder.name if folder.parent.name == "snapshots" else "",
     )
 

@@ -2,6 +2,7 @@
 layers and the rank of the run. From headers alone."""
 
 from lora_studio import adapters, fence, library
+from lora_studio.adapters import experts
 from lora_studio.bases import BaseInfo
 from lora_studio.errors import Problem, StudioError, TrainingError
 from lora_studio.spec import TrainSpec
@@ -30,7 +31,8 @@ def problems(workspace: Workspace, spec: TrainSpec, info: BaseInfo | None) -> li
         if any(problem.level == "error" for problem in found):
             return found
         targets = info.targets(spec.method.targets)
-        strangers = [name for name in card.layers if not any(name == end or name.endswith("." + end) for end in targets)]
+        stacks = info.experts if spec.method.experts else ()
+        strangers = [name for name in card.layers if not (stacks and experts.SLOT.match(name)) and not any(name == end or name.endswith("." + end) for end in targets)]
         if strangers and not getattr(spec.task, "text_encoder", False):
             found.append(Problem(PATH, str(TrainingError("training.start_layers", adapter=given, name=strangers[0], count=len(strangers)))))
     if card.rank > spec.method.rank:

@@ -39,6 +39,9 @@ STATE = {
 KEPT = {"packed": (20.5, 2.85), "padded": (20.0, 8.0), "virtual": (10.5, 3.0)}
 WORKING = {"packed": (7.0, 0.0), "padded": (22.0, 8.0), "virtual": (22.0, 8.0)}
 CHECKPOINTED = 10.0
+# Of a mixture: for each expert a token passes, numbers of (the width, its inner width); how much a processor keeps of the parts that a stack was
+# read from; and where experts learn, how much of a layer's stacks is put together beside what the backward pass needs of each of them.
+KEPT_OF_EXPERTS, READ_EXPERTS, MADE_EXPERTS = (1.5, 3.8), 1.2, 2.2
 CHUNK = 2**22  # scores of the head at a time (training.fused)
 HEAD_COPIES = 3
 PLAIN_HEAD_COPIES = 3.6
@@ -128,12 +131,14 @@ def estimate(spec: TrainSpec, info: BaseInfo, rows: Rows, *, trainable: int, dev
     wide = width_of(spec, device)
     parts = {"libraries": (LIBRARIES[kind] + (BF16_LIBRARIES if wide == 2 else 0) + MORE_LIBRARIES.get(info.pipeline, 0)) if cpu else 0}
     parts["base"] = int((info.parameters or 0) * KEPT_BYTES.get(spec.compute.quantize, wide)) - _elsewhere(spec, info, wide)
+    if cpu and any(bases.EXPERTS in name for name, *_ in info.linears):
+        parts["base"] += int(READ_EXPERTS * wide * sum(info.stacks.values()))
     is_full = spec.method.kind == "full"
     parts["adapter"], parts["gradients"] = 0 if is_full else 4 * trainable, 4 * trainable
     parts["optimizer"] = int(STATE[spec.optim.kind] * trainable)
     (_picture_parts if kind == "image" else _text_parts)(parts, spec, info, rows, wide, cpu)
     held = ("libraries", "base", "adapter")
-    steps = (*held, "gradients", "optimizer", *(name for name in ("layouts", "latents", "encoders kept", "activations", "logits") if name in parts))
+    steps = (*held, "gradients", "optimizer", *(name for name in ("layouts", "latents", "encoders kept", "activations", "logits", "experts") if name in parts))
     phases = {"it trains": steps}
     if is_full:  # the gradients are gone by then; the optimizer's state is there thrice while it is put into bytes, the weights once more
         parts["checkpoint"] = 2 * parts["optimizer"] + 4 * trainable
@@ -203,15 +208,27 @@ def _text_parts(parts: dict[str, int], spec: TrainSpec, info: BaseInfo, rows: Ro
     if spec.method.kind == "prompt":  # they go through every layer, and have logits
         tokens += spec.schedule.batch_size * spec.method.tokens
 
-    def numbers(table: dict) -> float:
-        return table[how][0] * info.hidden + table[how][1] * info.intermediate
-
-    block = numbers(KEPT)
+    inner = _inner(info, KEPT[how][1])
+    # The norms of a mixture are none of the fused ones, and keep what comes in in fp32.
+    block = KEPT[how][0] * info.hidden * (4 / wide if info.experts else 1) + inner / info.layers
     kept = info.layers * CHECKPOINTED * info.hidden + block if spec.compute.checkpointing else info.layers * block
-    parts["activations"] = int(tokens * (kept + numbers(WORKING)) * wide)
+    working = WORKING[how][0] * info.hidden + (0 if info.experts else WORKING[how][1] * info.intermediate)
+    parts["activations"] = int(tokens * (kept + working) * wide)
+    if getattr(spec.method, "experts", False) and info.experts:
+        every = 0 if spec.compute.checkpointing else sum(info.stacks.values())
+        parts["experts"] = int(wide * (every + MADE_EXPERTS * max(info.stacks.values())))
     vocabulary = info.vocabulary or 0
     scored = tokens * vocabulary * PLAIN_HEAD_COPIES if not is_packed else min(tokens * rows.learnt, max(16, CHUNK // max(1, vocabulary))) * vocabulary * HEAD_COPIES
     parts["logits"] = int(4 * scored)
+
+
+def _inner(info: BaseInfo, of_inner: float) -> float:
+    """Numbers kept for a token in the inner layers of all blocks: dense ones, `of_inner` for each of their width, and experts."""
+    if not info.experts:
+        return info.layers * of_inner * info.intermediate
+    of_width, of_own = KEPT_OF_EXPERTS
+    routed = sum(of_width * info.hidden + of_own * out / 2 for name, _, out, _ in info.experts if name.endswith("gate_up_proj"))
+    return of_inner * sum(rows for name, rows, _ in info.adaptable if name.endswith("up_proj")) + info.per_token * routed
 
 
 def _picture_parts(parts: dict[str, int], spec: TrainSpec, info: BaseInfo, rows: Rows, wide: float, cpu: bool) -> None:
@@ -371,12 +388,8 @@ def _ways(spec: TrainSpec, on_gpu: bool) -> list[list[dict]]:
         ways.append([{"compute.quantize": "4bit"}] if spec.compute.quantize == "none" and importlib.util.find_spec("bitsandbytes") else [])
         ways.append([{"task.max_length": length} for by in (2, 4, 8) if (length := spec.task.max_length // by) >= 32])
         ways.append([{"compute.packing": True}] if not (spec.compute.packing or methods.is_padded(spec.method)) else [])
-    return [[values for values in way if not _is_refused(changed(spec, values))] for way in ways]
-
-
-def _is_refused(spec: TrainSpec) -> bool:
-    """Whether a spec would refuse its settings beside each other, as a method that needs the base's own numbers beside a quantised one."""
-    return any(is_idle(spec) for _, is_idle, _ in NO_EFFECT)
+    # Without those beside which the spec would refuse another setting, as a method that needs the base's own numbers.
+    return [[values for values in way if not any(is_idle(changed(spec, values)) for _, is_idle, _ in NO_EFFECT)] for way in ways]
 
 
 def changed(spec: TrainSpec, values: dict[str, object]) -> TrainSpec:

@@ -87,7 +87,9 @@ def _check_base(spec: TrainSpec, report: Report) -> bases.BaseInfo | None:
         if found and missing:
             report.add("method.targets", f"No layer of {spec.base.id} is called {', '.join(missing)}. Remove it from method.targets.")
         report.facts["targets"] = found
-        if info.is_mixture and found and spec.method.kind not in methods.LAYERLESS:
+        if getattr(spec.method, "experts", False) and not info.experts:
+            report.add("method.experts", BaseModelError("base.no_experts", id=spec.base.id))
+        elif info.is_mixture and found and spec.method.kind not in methods.LAYERLESS and not getattr(spec.method, "experts", False):
             report.add("method.targets", str(StudioError("base.mixture", id=spec.base.id, targets=", ".join(found))), "note")
         if info.note:
             report.add("base.id", info.note, "note")

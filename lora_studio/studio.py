@@ -311,7 +311,7 @@ def method_in_words(spec: TrainSpec) -> str:
         return f"{METHOD_NAMES[method.kind]}{own}" + (f", alpha {method.alpha:g}" if hasattr(method, "alpha") else "")
     plus = f"LoRA+ ×{spec.optim.lora_plus_ratio:g}" if spec.optim.lora_plus_ratio else "LoRA"
     plus = ("DoRA" + plus.removeprefix("LoRA")) if method.dora else plus
-    words = ", ".join(([f"from {method.start}"] if method.start else []) + ([method.init] if method.init not in ("kaiming", "gaussian") else []) + (["A frozen"] if method.freeze_a else []))
+    words = ", ".join(([f"from {method.start}"] if method.start else []) + ([method.init] if method.init not in ("kaiming", "gaussian") else []) + (["A frozen"] if method.freeze_a else []) + (["experts too"] if method.experts else []))
     return f"{'rank-stabilised ' if method.rslora else ''}{plus}, rank {method.rank}, alpha {method.alpha:g}" + (f", {words}" if words else "")
 
 

@@ -24,6 +24,28 @@ def test_the_demos_take_what_was_told_within_fifteen_percent(workspace, name):
     assert abs(found["told"] / found["measured"] - 1) < 0.15, found
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["plain", "experts", "experts checkpointing", "experts bf16"])
+def test_a_mixture_takes_what_was_told_within_fifteen_percent(workspace, tmp_path, name):
+    """One of 52 M parameters, read from a matrix for each expert."""
+    found = campaign.measure(campaign.text_cases(tmp_path)[f"middle mixture {name}"])
+    assert abs(found["told"] / found["measured"] - 1) < 0.15, found
+
+
+def test_experts_are_counted_where_they_learn_and_what_a_token_passes_everywhere(facts, chat_rows, tmp_path):
+    def parts(compute=(), **changes):
+        base = tiny.write_base(tmp_path / f"{len(list(tmp_path.iterdir()))}", "qwen3_moe", **changes)
+        return lambda **method: facts(tiny.tree(base, chat_rows, method={"rank": 4, "alpha": 8, **method}, compute={"device": "cpu", "precision": "fp32", **dict(compute)}))["memory_parts"]
+
+    two, four, lean = parts(), parts(num_experts_per_tok=4), parts({"checkpointing": True})
+    assert "experts" not in two() and four()["activations"] > two()["activations"]
+    one_layer = 4 * 4 * 3 * 16 * 32  # bytes of four experts of three matrices
+    assert two(experts=True)["experts"] == int((2 + memory.MADE_EXPERTS) * one_layer)
+    assert lean(experts=True)["experts"] == int(memory.MADE_EXPERTS * one_layer)
+    more = two(experts=True)["adapter"] - two()["adapter"]
+    assert more == 4 * 2 * 4 * 4 * ((32 + 2 * 16) + (16 + 32))  # bytes · layers · experts · rank · (in + out) of gate with up, and of down
+
+
 def test_weights_gradients_and_optimizer_are_counted_to_the_byte(facts, base, chat_rows):
     """Against torch's own tensors after a step."""
     import peft

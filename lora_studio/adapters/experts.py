@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 # In the order in which the models define them, which is that of the nesting; and what each is in a checkpoint with a matrix per expert.
 PARTS = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_proj": (("down_proj",), ("w2",))}
 SLOT = re.compile(rf"(?P<module>.+)\.(?P<parameter>{'|'.join(PARTS)})\.(?P<number>\d+)$")
+PART = re.compile(r"(?P<module>.+\.experts)\.(?P<number>\d+)\.\w+\.weight$")
 NESTED = ".base_layer"
 HOMES = (("", ""), (".mlp.", ".block_sparse_moe."))
 TURNED = ("gpt_oss", "aria", "openai_privacy_filter")
@@ -157,6 +159,24 @@ def slots(name: str, shape: tuple[int, ...], shapes: dict[str, tuple[int, ...]],
             if all(tuple(shapes.get(own, ())) == (step, shape[1]) for own in names):
                 return [Slot(own, 0, (step * place, step * (place + 1)), False) for place, own in enumerate(names)]
     return []
+
+
+def in_headers(shapes: dict[str, Sequence[int]], *, model: str = "") -> list[tuple[str, int, int, int]]:
+    """The stacked parameters that a model makes of a checkpoint, as (name, experts, out, in), the last two as PEFT's factors take them; from
+    the shapes of its tensors by name."""
+    found, apart = [], defaultdict(set)
+    for name, shape in shapes.items():
+        if is_stack(name, tuple(shape)):
+            found.append((name, shape[0], *(shape[:0:-1] if model in TURNED else shape[1:])))
+        elif match := PART.match(name):
+            apart[match["module"]].add(int(match["number"]))
+    for module, numbers in apart.items():
+        for parameter, ways in PARTS.items():
+            every = ([shapes.get(f"{module}.{min(numbers)}.{part}.weight") for part in way] for way in ways)
+            parts = next(filter(all, every), None)
+            if parts:
+                found.append((f"{module}.{parameter}", len(numbers), sum(part[0] for part in parts), parts[0][1]))
+    return found
 
 
 def is_stack(name: str, shape: tuple[int, ...]) -> bool:

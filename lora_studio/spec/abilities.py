@@ -12,6 +12,7 @@ METHODS = {
     "rsLoRA": {"method": {"rank": 4, "alpha": 8, "rslora": True}},
     "DoRA": {"method": {"rank": 4, "alpha": 8, "dora": True}},
     "LoRA-FA": {"method": {"rank": 4, "alpha": 8, "freeze_a": True}},
+    "LoRA on experts": {"method": {"rank": 4, "alpha": 8, "experts": True}},
     "orthogonal start": {"method": {"rank": 4, "alpha": 8, "init": "orthogonal"}},
     "PiSSA": {"method": {"rank": 4, "alpha": 8, "init": "pissa"}},
     "OLoRA": {"method": {"rank": 4, "alpha": 8, "init": "olora"}},
@@ -37,8 +38,11 @@ _SHAPES = "its products do not fit packed weights"
 _TIMES = "it multiplies the weights"
 _BEFORE = "its virtual tokens change no weight"
 _NO_LOADER = "no loader of image models knows it"
+_NO_EXPERTS = "image models have no experts"
 _ONE = "a run carries one such adapter"
 CROSSES = {
+    ("LoRA on experts", "image"): _NO_EXPERTS,
+    ("LoRA on experts", "4-bit base"): "bitsandbytes packs no experts, which are most of a mixture",
     ("DoRA", "blend"): "its lengths are no sum of low-rank updates",
     ("orthogonal start", "4-bit base"): _FOUR,
     ("PiSSA", "4-bit base"): _FOUR,
@@ -54,7 +58,7 @@ CROSSES = {
     ("IA3", "4-bit base"): "PEFT's layer for it answers in fp32 there",
     ("LoHa", "4-bit base"): _SHAPES,
     ("LoKr", "4-bit base"): _SHAPES,
-    **{(name, "parallel"): _ONE for name in ("DoRA", "PiSSA", "OLoRA", "EVA", "CorDA", "LoRA-GA", "LoftQ", "DyLoRA", "AdaLoRA", "VeRA", "LoHa", "LoKr", "MiSS", "OFT", "IA3", "prompt tuning", "prefix tuning")},
+    **{(name, "parallel"): _ONE for name in ("LoRA on experts", "DoRA", "PiSSA", "OLoRA", "EVA", "CorDA", "LoRA-GA", "LoftQ", "DyLoRA", "AdaLoRA", "VeRA", "LoHa", "LoKr", "MiSS", "OFT", "IA3", "prompt tuning", "prefix tuning")},
 }
 
 

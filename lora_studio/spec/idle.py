@@ -237,6 +237,16 @@ NO_EFFECT = [
         lambda spec: getattr(spec.method, "text", None) is not None and not spec.method.text.strip(),
         "method.text has no words for the virtual tokens to start from. Write some, or remove it.",
     ),
+    *(
+        ("method.experts", lambda spec, is_so=is_so: getattr(spec.method, "experts", False) and is_so(spec), f"method.experts does not go with {sentence}")
+        for is_so, sentence in (
+            (_is_image, "image models, which have none. Remove it."),
+            (lambda spec: spec.method.dora, "method.dora: only a sum can be put on their weights. Keep one of them."),
+            (lambda spec: spec.method.dropout > 0, "method.dropout: it acts on their weights, which have no input to drop from. Keep one of them."),
+            (lambda spec: spec.compute.quantize != "none", "a quantised base: bitsandbytes packs no experts, which are most of a mixture. Set compute.quantize to none, or remove experts."),
+            (lambda spec: spec.method.init not in ("kaiming", "gaussian"), "this method.init, which is known for single layers. Set it to kaiming, or remove experts."),
+        )
+    ),
     (
         "method.start",
         lambda spec: getattr(spec.method, "start", None) is not None and (spec.method.init != "kaiming" or spec.method.dora),

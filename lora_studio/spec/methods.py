@@ -33,6 +33,8 @@ class Lora(Part):
     """DoRA: direction and length of each row of the weight are learnt apart. Slower; it is tried in the Playground, baked and published, but not blended into one adapter."""
     freeze_a: bool = False
     """LoRA-FA: A stays as it was drawn and only B is learnt, which takes less memory."""
+    experts: bool = False
+    """Adapt the experts of a mixture too, each at this rank. Their weights are put together anew at every step, which takes memory and time."""
     init: Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva", "corda", "lora_ga", "loftq"] = "kaiming"
     """How A and B start. eva, corda and lora_ga look at up to 256 rows first: eva at what comes into a layer, corda at what matters of its weight for
     that, lora_ga at its first gradient. pissa and olora start from the weight alone. loftq makes up for what 4 bits lose. All of these but eva save a

@@ -22,6 +22,7 @@ LONGEST_NAME = 80
 ONLY_ALONE = (
     ("method.dora", "DoRA", False),
     ("method.dropout", "dropout", 0.0),
+    ("method.experts", "an adapter of the experts", False),
     ("method.start", "an adapter to go on from", None),
     ("task.text_encoder", "training text encoders", False),
     ("base.assistant", "an assistant", None),

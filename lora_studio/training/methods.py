@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save
 
 from lora_studio import adapters, bases
-from lora_studio.adapters import multiplying, natives, pipeline_files
+from lora_studio.adapters import experts, multiplying, natives, pipeline_files
 from lora_studio.adapters.files import NESTED, reheaded
 from lora_studio.errors import BaseModelError
 from lora_studio.spec import TrainSpec
@@ -129,7 +129,10 @@ def attach_beside(model: torch.nn.Module, spec: TrainSpec, targets: list[str], a
 
 def _attach(model: torch.nn.Module, spec: TrainSpec, targets: list[str], *seed: str, adapter: str = ADAPTER) -> peft.PeftModel:
     common = {"target_modules": list(targets), "task_type": None if spec.task.kind == "image" else "CAUSAL_LM"}
-    config = CONFIGS[spec.method.kind](spec.method, common)
+    config, wanted = CONFIGS[spec.method.kind](spec.method, common), set()
+    if getattr(spec.method, "experts", False):
+        config.target_parameters = _stacks(model, spec)
+        wanted = set(config.target_parameters)
     torch.manual_seed(order.key(spec.compute.seed, *seed))
     known = sorted({name.rsplit(".", 1)[-1] for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)})
     try:
@@ -143,11 +146,19 @@ def _attach(model: torch.nn.Module, spec: TrainSpec, targets: list[str], *seed: 
             reason = first_line(error)[:200].rstrip(".")
             raise BaseModelError("base.unadaptable", id=spec.base.id, targets=", ".join(targets), reason=reason) from None
         raise BaseModelError("base.targets", id=spec.base.id, targets=", ".join(targets), known=", ".join(known)) from None
-    if getattr(wrapped.peft_config[adapter], "target_parameters", None):  # PEFT took names of plain layers for those of experts
+    if set(getattr(wrapped.peft_config[adapter], "target_parameters", None) or ()) != wanted:  # PEFT took names of plain layers for those of experts
         raise BaseModelError("base.experts", id=spec.base.id, targets=", ".join(bases.OF_EXPERTS))
     wrapped.peft_config[adapter].base_model_name_or_path = spec.base.id  # what people know it by, not a folder here
     wrapped.peft_config[adapter].revision = spec.base.revision
     return wrapped
+
+
+def _stacks(model: torch.nn.Module, spec: TrainSpec) -> list[str]:
+    """The ends of the names of the parameters that hold the experts of a layer. Raises BaseModelError when there are none."""
+    found = sorted({".".join(name.rsplit(".", 2)[-2:]) for name, parameter in model.named_parameters() if experts.is_stack(name, tuple(parameter.shape))})
+    if not found:
+        raise BaseModelError("base.no_experts", id=spec.base.id)
+    return found
 
 
 def group_parameters(model: torch.nn.Module, spec: TrainSpec) -> list[dict]:

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import torch
+from peft.tuners.lora.layer import ParamWrapper
 
 from lora_studio import adapters, library
-from lora_studio.adapters import pipeline_files
+from lora_studio.adapters import experts, pipeline_files
 from lora_studio.errors import AdapterError, TrainingError
 from lora_studio.spec import TrainSpec, methods
 from lora_studio.training import optim
@@ -27,14 +28,23 @@ def put(model: torch.nn.Module, spec: TrainSpec) -> None:
     found = adapters.read(Path(spec.method.start).expanduser())
     adapters.refuse_blend({spec.method.start: found.card})
     scale, factors = methods.strength(spec.method), {}
+    stacks = {
+        f"{layer_of(name + '.lora_')}.{layer.parameter_name}".replace(experts.NESTED, ""): (*(factors[layer.active_adapters[0]].weight for factors in (layer.lora_A, layer.lora_B)), layer.num_experts)
+        for name, layer in model.named_modules() if isinstance(layer, ParamWrapper)
+    }  # fmt: skip
     for name, parameter in model.named_parameters():
         if optim.role(name) in ("A", "B"):
             factors.setdefault(layer_of(name), {})[optim.role(name)] = parameter
-    strangers = [name for name in found.modules if name not in factors]
+    plain, stacked = experts.apart(found.modules)
+    strangers = [name for name in plain if name not in factors] + [name for name in stacked if name not in stacks]
     if strangers:
         raise TrainingError("training.start_layers", adapter=spec.method.start, name=strangers[0], count=len(strangers))
-    for name, module in found.modules.items():
-        A, B = factors[name]["A"], factors[name]["B"]
+    slots = [(name, factors[name]["A"], factors[name]["B"], module) for name, module in plain.items()]
+    for name, own in stacked.items():
+        A, B, count = stacks[name]
+        A, B = A.view(count, -1, A.shape[1]), B.view(len(B), -1, count)
+        slots += [(f"{name}.{number}", A[number], B[:, :, number], module) for number, module in own.items() if number < count]
+    for name, A, B, module in slots:
         if module.rank > len(A):
             raise TrainingError("training.start_rank", adapter=spec.method.start, name=name, rank=module.rank, there=len(A))
         if module.shape != (B.shape[0], *A.shape[1:]):

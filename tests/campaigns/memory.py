@@ -34,6 +34,13 @@ def text_cases(folder: Path) -> dict[str, dict]:
             middle, long, task={"kind": "chat", "max_length": 512}, schedule={"steps": 3, "batch_size": 8}, compute={"device": "cpu", "precision": "fp32", **compute}
         )
     found |= {f"middle text {name}": {**found["middle text fp32"], **change} for name, change in virtual.items()}
+    experts = {"vocab_size": 16000, "hidden_size": 384, "intermediate_size": 1024, "moe_intermediate_size": 768, "num_experts": 8, "num_hidden_layers": 6, "num_attention_heads": 6, "head_dim": 64, "num_key_value_heads": 6}
+    mixture = tiny.write_base(folder / "mixture", "qwen3_moe", **experts)
+    for name, method, compute in (("plain", {}, {}), ("experts", {"experts": True}, {}), ("experts checkpointing", {"experts": True}, {"checkpointing": True}), ("experts bf16", {"experts": True}, {"precision": "bf16"})):
+        found[f"middle mixture {name}"] = tiny.tree(
+            mixture, long, task={"kind": "chat", "max_length": 512}, schedule={"steps": 3, "batch_size": 4}, method={"rank": 4, "alpha": 8, **method},
+            compute={"device": "cpu", "precision": "fp32", **compute},
+        )  # fmt: skip
     return found
 
 

@@ -17,7 +17,7 @@ from lora_studio.inference.text import Shelf
 from lora_studio.spec import Base, parse
 from lora_studio.spec.abilities import ABILITIES, CROSSES, METHODS
 from tests import tiny, tiny_image
-from tests.training import test_full, test_image, test_many, test_methods, test_quantized, test_virtual
+from tests.training import test_full, test_image, test_many, test_methods, test_mixture_experts, test_quantized, test_virtual
 from tests.training.test_job import VARIANTS, run_of, train
 
 wide = test_quantized.wide
@@ -42,6 +42,12 @@ def pipeline(tmp_path_factory):
     return tiny_image.write_pipeline(tmp_path_factory.mktemp("bases") / "tiny-sd")
 
 
+@pytest.fixture
+def of_row(base, tmp_path):
+    """The base that a row is tried on: with experts where they learn."""
+    return lambda name: tiny.write_base(tmp_path / "mixture", "qwen3_moe") if METHODS[name]["method"].get("experts") else base
+
+
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     return tiny_image.write_pictures(tmp_path_factory.mktemp("rows") / "pictures")
@@ -56,8 +62,8 @@ def test_the_table_is_whole_and_its_crosses_are_of_it():
 
 
 def test_text_and_resume_are_run_with_every_kind():
-    """By test_methods.py, test_full.py, test_virtual.py and test_job.py, whose variants hold every row."""
-    tried = [*test_methods.VARIANTS.values(), *test_full.VARIANTS.values(), *test_virtual.VARIANTS.values(), *(one.get("method", {"rank": 4, "alpha": 8}) for one in VARIANTS.values())]
+    """By test_methods.py, test_full.py, test_virtual.py, test_mixture_experts.py and test_job.py, whose variants hold every row."""
+    tried = [*test_methods.VARIANTS.values(), *test_full.VARIANTS.values(), *test_virtual.VARIANTS.values(), *test_mixture_experts.VARIANTS.values(), *(one.get("method", {"rank": 4, "alpha": 8}) for one in VARIANTS.values())]
     for name, tree in METHODS.items():
         own = {key: value for key, value in tree["method"].items() if key not in ("rank", "alpha", "first_rank", "every", "tokens")}
         assert any(own.items() <= one.items() for one in tried), name
@@ -92,8 +98,9 @@ def test_a_base_in_4_bits_is_learnt_on(workspace, wide, chat_rows, name):
     assert told[-1]["kind"] == "done" and all(event["grad_norm"] > 0 for event in told if event["kind"] == "step")
 
 
-@pytest.mark.parametrize("name", short("bake", ("LoRA+", "DoRA", "PiSSA", "DyLoRA", "VeRA", "OFT", "IA3")))
-def test_it_is_tried_blended_and_baked_as_peft_computes_it(workspace, base, chat_rows, tmp_path, name):
+@pytest.mark.parametrize("name", short("bake", ("LoRA+", "LoRA on experts", "DoRA", "PiSSA", "DyLoRA", "VeRA", "OFT", "IA3")))
+def test_it_is_tried_blended_and_baked_as_peft_computes_it(workspace, of_row, chat_rows, tmp_path, name):
+    base = of_row(name)
     tree = {**tiny.tree(base, chat_rows), "schedule": {"steps": 3, "batch_size": 2}, "validation": {"size": 0}, "optim": {"lr": 2e-2}, "output": {"sample_prompts": []}}
     run = run_of(workspace, {**tree, **METHODS[name]})
     train(run)
@@ -149,7 +156,7 @@ def test_what_does_not_go_on_4_bits_is_refused_before_anything_is_loaded(name):
 
 @pytest.mark.parametrize("name", no("image"))
 def test_what_does_not_learn_pictures_is_refused_before_anything_is_loaded(name):
-    with pytest.raises(SpecError, match="language models only"):
+    with pytest.raises(SpecError, match="language models only|image models, which have none"):
         parse({"data": [{"path": "x"}], **METHODS[name], "task": {"kind": "image"}})
 
 
