@@ -1,11 +1,12 @@
 """The numbers of an adapter: what the papers promise of LoRA, computed from headers, and the latency measured on the bench."""
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from lora_studio import adapters, bases, library
-from lora_studio.adapters import Card, virtual
+from lora_studio.adapters import Card, experts, virtual
 from lora_studio.errors import AdapterError, StudioError
 from lora_studio.jobs import bench
 from lora_studio.spec import Base
@@ -85,7 +86,8 @@ def of_folder(folder: Path, *, base: str = "", revision: str | None = None) -> N
 
 
 def work(card: Card, info: bases.BaseInfo | None = None) -> int:
-    """Multiply-adds a token that the layers of an adapter take beside the base: r·(in + out). An embedding's A is looked up, not multiplied.
+    """Multiply-adds a token that the layers of an adapter take beside the base: r·(in + out). An embedding's A is looked up, not multiplied, and
+    of the experts of a layer a token passes those that `info` of the base tells, else all.
     IA3 takes out (in before a feedforward layer), each by a number of its own, OFT in times the side of its blocks, which have side·(side - 1)/2 entries each. With virtual tokens each query meets their
     keys and values in every layer; how wide it is `info` of the base tells, else the adapter's own width is taken."""
     if card.method == "ia3":
@@ -95,13 +97,23 @@ def work(card: Card, info: bases.BaseInfo | None = None) -> int:
         return 2 * card.config["num_virtual_tokens"] * card.config["num_layers"] * (wide or card.config["token_dim"])
     if card.method == "oft":
         return sum(layer.shape[1] for layer in card.layers.values()) + 2 * card.parameters
-    return sum(layer.rank * (layer.shape[-1] if layer.kind == "embedding" else layer.shape[0] + math.prod(layer.shape[1:])) for layer in card.layers.values())
+    stacks = Counter(match["module"] + match["parameter"] for name in card.layers if (match := experts.SLOT.match(name)))
+    total = 0.0
+    for name, layer in card.layers.items():
+        match = experts.SLOT.match(name)
+        count = stacks[match["module"] + match["parameter"]] if match else 1
+        share = min(1, info.per_token / count) if match and info is not None else 1
+        total += share * layer.rank * (layer.shape[-1] if layer.kind == "embedding" else layer.shape[0] + math.prod(layer.shape[1:]))
+    return round(total)
 
 
 def work_of_base(info: bases.BaseInfo) -> int:
-    """Multiply-adds a token of the base's linear layers: in·out each, and those of a language model's head."""
+    """Multiply-adds a token of the base's linear layers: in·out each, of a mixture those of the experts that it passes and what chooses them; and those of a
+    language model's head."""
     head = (info.vocabulary or 0) * (info.hidden or 0) if not info.pipeline else 0
-    return sum(rows * columns for _, rows, columns in info.linears) + head
+    passed = info.per_token * sum(out * width for _, _, out, width in info.experts)
+    passed += sum(count * width for name, count, _, width in info.experts if name.endswith("gate_up_proj"))  # what chooses them
+    return sum(rows * columns for _, rows, columns in (info.adaptable if info.experts else info.linears)) + passed + head
 
 
 def measure(workspace: Workspace, id: str, *, base: str | None = None, rounds: int = 15) -> dict:

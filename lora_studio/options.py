@@ -46,20 +46,20 @@ def _here(values: dict[str, object]) -> dict[str, object]:
     return {leaf.path: values[leaf.path] for leaf in choosable() if leaf.path in values} | {path: values.get(path) or None for path in ("base.id", "base.revision")}
 
 
-def _model_of(here: dict) -> tuple[bool, str] | None:
-    """Whether the base draws, and its pipeline; None where that is not known yet."""
+def _model_of(here: dict) -> tuple[bool, str, bool] | None:
+    """Whether the base draws, its pipeline, and whether it may have experts; None where that is not known yet."""
     id = str(here["base.id"] or "").strip()
     try:
         info = bases.inspect(Base(id=id, revision=here["base.revision"]))
     except (StudioError, ValueError):
         return None
     if info.folder is not None:
-        return bool(info.pipeline), info.pipeline
+        return bool(info.pipeline), info.pipeline, bool(info.experts)
     family = next((family for family in families.IMAGE_FAMILIES if id in family.sizes), None)
-    return (True, family.pipeline) if family else (False, "") if families.edge(id) == 0 else None
+    return (True, family.pipeline, False) if family else (False, "", True) if families.edge(id) == 0 else None
 
 
-def _said(here: dict, model: tuple[bool, str] | None) -> set[tuple[str, str]]:
+def _said(here: dict, model: tuple[bool, str, bool] | None) -> set[tuple[str, str]]:
     """Every problem of a form's choices, as (path, sentence)."""
     try:
         spec = studio.spec_of_values({path: value for path, value in here.items() if path != "base.id" or value} | {"data": [{"path": "x"}]})
@@ -70,11 +70,13 @@ def _said(here: dict, model: tuple[bool, str] | None) -> set[tuple[str, str]]:
     return {(problem.path, problem.sentence) for problem in report.problems} | _of_base(spec, model)
 
 
-def _of_base(spec: TrainSpec, model: tuple[bool, str] | None) -> set[tuple[str, str]]:
+def _of_base(spec: TrainSpec, model: tuple[bool, str, bool] | None) -> set[tuple[str, str]]:
     if model is None:
         return set()
-    draws, pipeline = model
+    draws, pipeline, has_experts = model
     if draws != (spec.task.kind == "image"):
         error = BaseModelError("base.not_text", id=spec.base.id, kind=spec.task.kind) if draws else BaseModelError("base.not_image", id=spec.base.id)
         return {("task.kind", str(error))}
-    return {(path, str(error)) for path, error in families.misfits(pipeline, spec)} if draws else set()
+    if not draws:
+        return {("method.experts", str(BaseModelError("base.no_experts", id=spec.base.id)))} if getattr(spec.method, "experts", False) and not has_experts else set()
+    return {(path, str(error)) for path, error in families.misfits(pipeline, spec)}

@@ -13,6 +13,7 @@ from lora_studio.inference.desk import Desk
 from lora_studio.spec import Base
 from tests import tiny, tiny_image
 from tests.inference.test_by_layer import asked
+from tests.training.test_job import run_of, train
 
 
 @pytest.fixture
@@ -67,6 +68,26 @@ def test_extra_work_is_what_the_layers_do_when_it_is_counted(workspace, base, sh
     assert found.base_work == alone
     adapted = peft.PeftModel.from_pretrained(model, str(library.adapter_folder(workspace, shelved)))
     assert found.work == products(adapted) - alone
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
+def test_of_a_mixture_the_work_is_that_of_the_experts_that_a_token_passes(workspace, tmp_path, chat_rows, kind):
+    """The base's products counted by torch's own counter, of a model that asks each expert by itself; whether it keeps them in one stack or apart."""
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import AutoModelForCausalLM
+
+    base = tiny.write_base(tmp_path / kind, kind)
+    folder = run_of(workspace, tiny.tree(base, chat_rows, method={"rank": 3, "alpha": 6, "experts": True}, schedule={"steps": 1, "batch_size": 2}))
+    train(folder)
+    model = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager", experts_implementation="eager").eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=torch.tensor([[5]]), use_cache=False)
+    counted = sum(count for operation, count in counter.get_flop_counts()["Global"].items() if "bmm" not in str(operation)) // 2
+    found = numbers.of_folder(folder / "adapter")
+    assert found.base_work == counted
+    inner, passed = (16, 2) if kind == "qwen3_moe" else (64, model.config.num_experts_per_tok)
+    dense = sum(3 * sum(layer.weight.shape) for name, layer in model.named_modules() if name.endswith(("q_proj", "k_proj", "v_proj", "o_proj")))
+    assert found.work == dense + 2 * passed * 3 * ((32 + 2 * inner) + (inner + 32))
 
 
 def test_a_convolution_counts_its_kernel_and_a_missing_base_leaves_the_rest(workspace, tmp_path):

@@ -4,6 +4,7 @@ import pytest
 
 from lora_studio import options, studio
 from lora_studio.errors import SpecError
+from tests import tiny
 
 
 def reasons(preset="demo/pirate", **changes) -> options.Reasons:
@@ -23,6 +24,9 @@ def reasons(preset="demo/pirate", **changes) -> options.Reasons:
         ("demo/stripes", {}, "method.kind", "prefix", "is for language models only"),
         ("demo/stripes", {"task__text_encoder": True}, "method.kind", "full", "no text encoder"),
         ("demo/stripes", {}, "compute.quantize", "4bit", "NVIDIA"),
+        ("demo/pirate", {}, "method.experts", True, "has no experts"),
+        ("demo/stripes", {}, "method.experts", True, "image models, which have none"),
+        ("demo/pirate", {"base__id": "someone/unknown-base", "compute__quantize": "4bit"}, "method.experts", True, "packs no experts"),
         ("demo/stripes", {"base__id": "Qwen/Qwen-Image"}, "task.text_encoder", True, "Qwen-Image"),
         ("demo/stripes", {"base__id": "Qwen/Qwen-Image"}, "task.weighting", "min_snr", "Qwen-Image"),
     ],
@@ -36,6 +40,13 @@ def test_nothing_is_refused_that_can_be():
     assert "method.kind" not in plain and "optim.kind" not in {path for path, told in plain.items() if set(told) - {"adamw_schedule_free"}}
     assert "task.text_encoder" not in reasons("demo/stripes") and "compute.quantize" not in reasons()
     assert not reasons(base__id="someone/unknown-base").get("task.kind") and not reasons(base__id="").get("method.kind")
+    assert not reasons(base__id="someone/unknown-base").get("method.experts")
+
+
+def test_a_mixture_has_experts_that_can_learn(tmp_path):
+    base = str(tiny.write_base(tmp_path / "mixture", "qwen3_moe"))
+    assert "method.experts" not in reasons(base__id=base)
+    assert "method.dora" in reasons(base__id=base, method__experts=True, optim__lora_plus_ratio=None)
 
 
 @pytest.mark.parametrize("preset", ["demo/pirate", "demo/stripes"])
