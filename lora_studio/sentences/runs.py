@@ -60,7 +60,7 @@ SENTENCES = {
     "base.unadaptable": "PEFT puts no adapter on {targets} of {id}: {reason}. Name other layers in method.targets.",
     "base.mixture": "{id} is a mixture of experts: the adapter goes on {targets}, which every token passes, and not on the experts. method.experts puts one on each of them too.",
     "base.no_experts": "{id} has no experts that an adapter can go on, so method.experts has nothing to do there. Remove it.",
-    "base.experts": "{id} is a mixture, and layers called {targets} are taken for its experts, which are not trained here. Leave them out of method.targets.",
+    "base.experts": "{id} is a mixture, and layers called {targets} are taken for its experts there. Leave them out of method.targets; method.experts trains the experts.",
     "base.renamed": "{id} keeps {name} under another name or shape in its files, so full fine-tuning cannot write it. Choose lora.",
     "base.full_file": "{id} is a model in one file, which full fine-tuning does not write. Use the folder of the same model, or choose lora.",
     "base.virtual": "{id} does not take virtual tokens as it takes words, so method.kind {method} would go wrong on it ({reason}). Choose lora, or another base.",

@@ -12,9 +12,12 @@ from lora_studio.errors import BaseModelError, SpecError
 from lora_studio.inference.text import Shelf
 from lora_studio.preflight import preflight
 from lora_studio.spec import Base, parse
-from lora_studio.training import fused, job, loop
-from tests.training.test_causal_families import IDS, tree_of, write
+from lora_studio.training import job
+from tests.training.test_causal_families import tree_of, write
 from tests.training.test_job import adapter_bytes, run_of, train
+from tests.training.test_methods import IDS, Keeping, kept, logits, plain
+
+__all__ = ["kept"]
 
 KINDS = ("qwen3_moe", "gpt_oss", "mixtral")
 MORE = ("deepseek_v3", "llama4_text", "qwen3_next", "olmoe", "glm4_moe", "minimax_m2", "jamba", "ernie4_5_moe", "phimoe", "qwen2_moe", "deepseek_v2")
@@ -22,37 +25,6 @@ VARIANTS = {
     "plain": {"experts": True}, "rank-stabilised": {"experts": True, "rslora": True}, "frozen A": {"experts": True, "freeze_a": True},
     "gaussian": {"experts": True, "init": "gaussian"},
 }  # fmt: skip
-
-
-class Keeping(loop.Trainer):
-    """A trainer whose model can be looked at afterwards."""
-
-    kept: dict = {}
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.kept |= {"trainer": self, "fresh": logits(self.model)}
-
-
-@pytest.fixture
-def kept(monkeypatch):
-    monkeypatch.setattr(job.loop, "Trainer", Keeping)
-    Keeping.kept = {}
-    return Keeping.kept
-
-
-@torch.no_grad()
-def logits(model):
-    was = model.training
-    model.eval()
-    with fused.removed(model):
-        found = model(IDS, use_cache=False).logits.clone()
-    model.train(was)
-    return found
-
-
-def plain(base):
-    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
 
 
 def of_experts(folder) -> dict:
