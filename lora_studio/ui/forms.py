@@ -30,6 +30,7 @@ GROUPS = {
 LABELS = {
     "base.id": "Base model", "task.kind": "Rows are", "optim.lr": "Learning rate", "optim.lora_plus_ratio": "LoRA+ ratio",
     "method.alpha": "Alpha", "method.kind": "Kind of adapter", "method.dora": "DoRA", "method.start": "Go on from", "output.sample_prompts": "Sample prompts (one a line)", "method.rslora": "Rank-stabilised (rsLoRA)",
+    "method.freeze_a": "A frozen (LoRA-FA)", "method.experts": "Experts of a mixture too",
     "data": "Sources as YAML",
 }  # fmt: skip
 
