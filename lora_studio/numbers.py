@@ -97,13 +97,11 @@ def work(card: Card, info: bases.BaseInfo | None = None) -> int:
         return 2 * card.config["num_virtual_tokens"] * card.config["num_layers"] * (wide or card.config["token_dim"])
     if card.method == "oft":
         return sum(layer.shape[1] for layer in card.layers.values()) + 2 * card.parameters
-    stacks = Counter(match["module"] + match["parameter"] for name in card.layers if (match := experts.SLOT.match(name)))
-    total = 0.0
+    stack_of = {name: name.rpartition(".")[0] for name in card.layers if experts.SLOT.match(name)}
+    counts, total = Counter(stack_of.values()), 0.0
     for name, layer in card.layers.items():
-        match = experts.SLOT.match(name)
-        count = stacks[match["module"] + match["parameter"]] if match else 1
-        share = min(1, info.per_token / count) if match and info is not None else 1
-        total += share * layer.rank * (layer.shape[-1] if layer.kind == "embedding" else layer.shape[0] + math.prod(layer.shape[1:]))
+        own = layer.rank * (layer.shape[-1] if layer.kind == "embedding" else layer.shape[0] + math.prod(layer.shape[1:]))
+        total += own * min(1, info.per_token / counts[stack_of[name]]) if name in stack_of and info is not None else own
     return round(total)
 
 
