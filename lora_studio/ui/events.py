@@ -16,6 +16,7 @@ QUIET = {"show_progress": "hidden", "show_progress_on": [], "api_visibility": "p
 TYPED = {**QUIET, "trigger_mode": "always_last"}
 LIVE = {**TYPED, "concurrency_limit": None}
 SESSIONS = 1000
+UNREADABLE = "The page sent something that could not be read, so nothing was done. Reload the page, and do it again."
 
 
 def busy(on: gr.components.Component, how: str = "minimal") -> dict:
@@ -33,10 +34,13 @@ def when(triggers, fn: Callable, inputs=None, outputs=None, **options) -> gr.eve
 class Gathered:
     """The values of many parts of a form, brought together on the page and sent as one. Gradio 6 tells the state of every component that any
     event ever had for an input at every step of every later one: a form of a hundred would be told of a thousand times for each key.
-    Make it inside the page; only for parts whose value is text, numbers or lists of them."""
+    Make it inside the page; only for parts whose value is text, numbers or lists of them, since Gradio looks through no file that it is not
+    told of. Raises ValueError for others."""
 
     def __init__(self, parts):
         self.parts = sorted(parts, key=lambda part: part._id)
+        if others := [part for part in self.parts if part.data_model is not None]:
+            raise ValueError(f"not to be gathered: {others}")
         self.box = gr.Textbox("[]", visible=False)
 
     def when(self, triggers, fn: Callable, outputs, *, more=(), **options) -> gr.events.Dependency:
@@ -50,10 +54,19 @@ class Gathered:
         """`fn(given: {part: value})` as a function of what `when` sends."""
 
         def read(text: str, *others):
-            values = {part: part.preprocess(value) for part, value in zip(self.parts, json.loads(text), strict=True)}
-            return fn(values | dict(zip(more, others, strict=True)))
+            return fn(self._values(text) | dict(zip(more, others, strict=True)))
 
         return read
+
+    def _values(self, text: str) -> dict:
+        """The value of each part. Raises gr.Error with a sentence when no page of ours can have sent that."""
+        try:
+            sent = json.loads(text)
+        except (TypeError, ValueError, RecursionError):
+            sent = None
+        if not isinstance(sent, list) or len(sent) != len(self.parts):
+            raise gr.Error(UNREADABLE, print_exception=False)
+        return {part: part.preprocess(value) for part, value in zip(self.parts, sent, strict=True)}
 
 
 class Newest:

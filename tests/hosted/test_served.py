@@ -178,12 +178,27 @@ def send(served, who: str, session: str, number: int, data: list) -> str | None:
     return json.loads(text)["event_id"] if status == 200 else None
 
 
-def variants(components: dict, inputs: list[int], owned) -> list[list]:
-    """What an event is given: in each input an id of another's, in the shape its component takes."""
-    out = []
-    for id in (owned.run, owned.adapter, owned.album, owned.data, owned.picture, owned.discarded, owned.model):
-        out.append([shaped(components[number], id) for number in inputs])
-    return out
+class Told:
+    """What a page knows of the studio: its components by number, its events, and which boxes stand for the parts of a whole form."""
+
+    def __init__(self, config: dict):
+        self.components = {component["id"]: component for component in config["components"]}
+        self.events = [one for one in config["dependencies"] if one["backend_fn"]]
+        gathers = [one for one in config["dependencies"] if not one["backend_fn"] and "JSON.stringify" in str(one["js"])]
+        self.forms = {one["outputs"][0]: one["inputs"] for one in gathers}
+
+    def parts(self, event: dict) -> list[int]:
+        """The components whose values an event is told, with those inside of a form."""
+        return [part for number in event["inputs"] for part in self.forms.get(number, [number])]
+
+    def data(self, event: dict, value) -> list:
+        """What the page sends with an event when each component has `value(its number)`."""
+        return [json.dumps([value(part) for part in self.forms[number]]) if number in self.forms else value(number) for number in event["inputs"]]
+
+    def variants(self, event: dict, owned) -> list[list]:
+        """What an event is given: in each part an id of another's, in the shape its component takes."""
+        ids = (owned.run, owned.adapter, owned.album, owned.data, owned.picture, owned.discarded, owned.model)
+        return [self.data(event, lambda number, id=id: shaped(self.components[number], id)) for id in ids]
 
 
 def shaped(component: dict, id: str):
@@ -207,17 +222,16 @@ def config(served):
 
 def test_every_event_finds_nothing_of_another(served, config):
     """Each event is given every kind of id; its own conversation with its owner would be full of the canary."""
-    components = {component["id"]: component for component in config["components"]}
+    told = Told(config)
     before, session, answers, stop = belongings.state(served.ana), "bensession1", {}, threading.Event()
     asked: dict[str, tuple[int, int]] = {}
-    until = time.monotonic() + 240
-    events = [one for one in config["dependencies"] if one["backend_fn"]]
-    first = send(served, "ben", session, events[0]["id"], variants(components, events[0]["inputs"], served.owned)[0])
+    until, events = time.monotonic() + 240, told.events
+    first = send(served, "ben", session, events[0]["id"], told.variants(events[0], served.owned)[0])
     thread = threading.Thread(target=listen, args=(served, "ben", session, answers, stop), daemon=True)
     thread.start()
     asked[first] = (events[0]["id"], 0)
     for event in events:
-        for number, data in enumerate(variants(components, event["inputs"], served.owned)):
+        for number, data in enumerate(told.variants(event, served.owned)):
             if not event["inputs"] and number:
                 break
             id = send(served, "ben", session, event["id"], data)
@@ -238,7 +252,7 @@ def test_every_event_finds_nothing_of_another(served, config):
         if CANARY in text:
             leaks[asked.get(id)] = text[max(0, text.index(CANARY) - 200) : text.index(CANARY) + 80]
     assert not leaks
-    assert len(events) > 100 and len(asked) > 300 and belongings.state(served.ana) == before
+    assert len(events) > 100 and len(asked) > 300 and len(told.forms) >= 4 and belongings.state(served.ana) == before
     print(f"{len(events)} events, {len(asked)} calls, {len(leaks)} leaks")
 
 

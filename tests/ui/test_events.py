@@ -163,6 +163,23 @@ def test_gathered_values_are_those_that_gradio_would_give():
         read.fn(json.dumps(["b", ["z"]]), {})
 
 
+@pytest.mark.parametrize("text", ["", "rows.jsonl", "null", "{}", "[]", '["a"]', '["a", "b", "c"]', "[" * 100_000, None, 5])
+def test_what_no_page_can_have_sent_is_a_sentence(text):
+    with gr.Blocks():
+        gathered = events.Gathered({gr.Textbox("a"), gr.Textbox("b")})
+    with pytest.raises(gr.Error, match="could not be read, so nothing was done") as told:
+        gathered.reads(lambda given: given)(text)
+    assert not told.value.print_exception
+
+
+def test_files_are_not_gathered():
+    """Gradio looks at the path of each file that it is told of; inside a text it would see none."""
+    with gr.Blocks():
+        for part in (gr.File(), gr.UploadButton(), gr.Image(), gr.Gallery()):
+            with pytest.raises(ValueError, match="not to be gathered"):
+                events.Gathered({gr.Textbox("a"), part})
+
+
 def test_no_number_is_judged_by_gradio(pages):
     """Its sentence would not say which number, and an empty box of a slider is a traceback."""
     numbers = [block for block in pages.blocks.values() if isinstance(block, gr.Slider | gr.Number)]
