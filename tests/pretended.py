@@ -25,11 +25,6 @@ def _histogram(tensor, *given):
     return ATEN._to_copy.default(ATEN.histc.default(ATEN._to_copy.default(tensor, dtype=torch.float64), *given), dtype=tensor.dtype)
 
 
-def _grouped(rows, weight, ends):
-    parts = ATEN.tensor_split.tensor_indices_or_sections(rows, ends[:-1].long())
-    return ATEN.cat.default([ATEN.mm.default(part, matrix) for part, matrix in zip(parts, weight.unbind())])
-
-
 def _documents(query, key, value, ends, most, scale, window):
     """The parts of causal attention of documents that end at `ends`, as torch.nn.attention.varlen has it on a card, in float64: for each the
     slice of its tokens, its queries, keys and values (heads, length, d), its chances (heads, length, length) and the scale."""
@@ -61,11 +56,8 @@ def _varlen_backward(gradient, query, key, value, out, lse, ends, _, most, __, i
     return tuple(whole.to(query.dtype) for whole in found)
 
 
-# What does not work by itself: a card counts whole numbers too, a product of transformers' own asks its tensors for their place, and only a
-# card has the kernel for documents of several lengths.
-OTHERWISE = {
-    "aten::histc": _histogram, "transformers::grouped_mm_fallback": _grouped, "torch_attn::_varlen_attn": _varlen, "torch_attn::_varlen_attn_backward": _varlen_backward,
-}  # fmt: skip
+# What only a card can: count whole numbers, and attend to documents of several lengths in one kernel.
+OTHERWISE = {"aten::histc": _histogram, "torch_attn::_varlen_attn": _varlen, "torch_attn::_varlen_attn_backward": _varlen_backward}
 
 
 class Card(TorchDispatchMode):
@@ -78,12 +70,12 @@ class Card(TorchDispatchMode):
         self.held: dict[int, StorageWeakRef] = {}
         # What torch's own backward made and no tensor of the card has met: it takes its place from those it saw, which torch says is here.
         self.undecided: dict[int, StorageWeakRef] = {}
-        self.operations, self.generators, self.follows = Counter(), {}, False
+        self.operations, self.generators, self.follows, self.inside = Counter(), {}, False, False
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor lies on the card. Told by its storage, so views and new names for it are with it."""
         with torch._C.DisableTorchFunction():
-            return _key(tensor) in self.held
+            return not self.inside and _key(tensor) in self.held
 
     def take(self, tensor: torch.Tensor) -> None:
         """From now on it lies on the card."""
@@ -111,7 +103,11 @@ class Card(TorchDispatchMode):
             raise RuntimeError(f"{function}: the generator is not on the device of what it fills")
         if on_card and function not in CROSSING:
             self._judge(function, given, tensors)
-        out = OTHERWISE.get(function.name(), function)(*given, **named)
+        self.inside = True  # an operation that is written in Python sees its tensors where they are
+        try:
+            out = OTHERWISE.get(function.name(), function)(*given, **named)
+        finally:
+            self.inside = False
         self.operations[function.name()] += to_card
         made = {_key(part): part for part in tree_flatten(out)[0] if isinstance(part, torch.Tensor)}
         for number in made.keys() - {_key(tensor) for tensor in tensors}:
@@ -208,8 +204,8 @@ def card(*, capability=(7, 5), bf16=True):
         },
         torch: {"Generator": Generator},
         torch.cuda: {
-            "is_available": lambda: True, "device_count": lambda: 1, "current_device": lambda: 0, "is_bf16_supported": lambda including_emulation=True: bf16, "get_device_capability": lambda *_: capability,
-            "max_memory_allocated": lambda *_: 0, "memory_allocated": lambda *_: 0, "empty_cache": lambda: None, "synchronize": lambda *_: None, "mem_get_info": lambda *_: (8 << 30, 16 << 30),
+            "is_available": lambda: True, "device_count": lambda: 1, "current_device": lambda: CARD, "is_bf16_supported": lambda including_emulation=True: bf16, "get_device_capability": lambda *_: capability,
+            "max_memory_allocated": lambda *_: 0, "memory_allocated": lambda *_: 0, "memory_reserved": lambda *_: 0, "empty_cache": lambda: None, "synchronize": lambda *_: None, "mem_get_info": lambda *_: (8 << 30, 16 << 30),
         },
     }  # fmt: skip
     before = [(where, name, where.__dict__.get(name)) for where, named in parts.items() for name in named]
