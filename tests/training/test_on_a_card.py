@@ -1,6 +1,8 @@
 """Whole runs, the Playground and captions on a pretended graphics card: nothing mixes it with main memory, and what is learnt and said is what
 a CPU learns and says. A card's own kernels (of bitsandbytes, for documents of several lengths) are stood in for."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from PIL import Image
@@ -8,6 +10,7 @@ from safetensors.torch import load_file
 
 from lora_studio import adapters, runs, search
 from lora_studio.inference import captioning
+from lora_studio.inference.desk import Desk
 from lora_studio.inference.draw import Easel
 from lora_studio.inference.text import Manner, Shelf
 from lora_studio.jobs import queue
@@ -15,6 +18,7 @@ from lora_studio.spec import Base
 from lora_studio.training import packed
 from tests import pretended, tiny, tiny_captioners, tiny_image
 from tests.inference import test_captioning, test_draw, test_searching
+from tests.inference.test_by_layer import asked
 from tests.training import (
     test_blocks,
     test_causal_families,
@@ -244,6 +248,28 @@ def test_the_playground_draws_on_it_as_on_a_cpu(pipeline, tmp_path):
     with pretended.card() as card:
         found = drawn(device="cuda:0")
     assert card.operations.total() > 1000 and float((found[0] - bare).abs().max()) <= 1 and float((found[1] - mixed).abs().max()) <= 1 < float((mixed - bare).abs().max())
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "cuda"])  # as a run has it, and as ZeroGPU lends it
+@pytest.mark.parametrize("kind", ["text", "image"])
+def test_the_bench_answers_draws_and_measures_on_it(base, pipeline, tmp_path, home, kind, device):
+    if kind == "text":
+        folder, place, verb = base, tiny.write_adapter(tmp_path / "mine", base, seed=1), "answer"
+        asking = {"messages": CONVERSATION, "seed": 5, "temperature": 1.0, "longest": 6}
+    else:
+        folder, verb = pipeline(), "draw"
+        place = test_draw.write(tmp_path / "mine", folder, tiny_image.random_adapter(folder, seed=1))
+        asking = {"prompt": "a red circle", "target": str(tmp_path / "drawn"), "seed": 3, "steps": 2, "width": 32, "height": 32, "guidance": 3.0}
+    parts, told = [[str(place), 0.7, "mine"]], []
+    for found in ("cpu", device):
+        with pretended.card() if found == device else nullcontext() as card:
+            desk = Desk()
+            given = {"base": str(folder), "device": found, "lock": str(tmp_path / "lock"), "precision": "fp32"}
+            told.append((asked(desk, verb, **given, **asking, sides={"base": [], "mine": parts}), asked(desk, "measure", **given, parts=parts, rounds=1)))
+            desk.close()
+    (here, times), (there, measured) = told
+    assert card.operations.total() > 1000 and measured["device"] == device and measured["off"] < 1e-4 < measured["moved"] == pytest.approx(times["moved"], rel=1e-3)
+    assert kind == "image" or [side["text"] for side in here["sides"].values()] == [side["text"] for side in there["sides"].values()]
 
 
 def test_captions_are_written_on_it(blip):
