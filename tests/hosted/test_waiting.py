@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants  # before a test changes what it reads: it keeps for good what it finds when it is first imported
 
 from lora_studio import albums, comparisons, data, fence, library, runs, search, studio, sweeps, visits, workspace
 from lora_studio.errors import DataError, SpecError
@@ -30,6 +31,7 @@ def hub(monkeypatch, tmp_path):
     found.repo("team/tiny", {path.name: path.read_bytes() for path in demo_base("demo-text").iterdir() if path.suffix in (".json", ".safetensors", ".jinja")}, private=True)
     for name, value in {"HF_ENDPOINT": found.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1", "HF_HOME": str(tmp_path / "hf")}.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
     yield found
     found.close()
 
@@ -124,7 +126,6 @@ def test_a_run_whose_rows_are_refused_waits_and_starts_after_signing_in_again(hu
 def lent(monkeypatch, hub):
     """Lends a token to this process, as to one that works for a visitor; what it fetches comes from the small Hub."""
     import datasets
-    from huggingface_hub import constants
 
     monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.url)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
